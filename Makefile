@@ -1,0 +1,20 @@
+# make demo: train both stages on the drawn pill, draw pairs, evaluate them. make test: the tests. Each sets up .venv by itself.
+PYTHON ?= python3
+RUN = .venv/bin/python
+export OMP_WAIT_POLICY = PASSIVE
+
+.PHONY: demo test
+demo: .venv/ready
+	rm -rf runs/demo
+	$(RUN) train.py --stage large
+	$(RUN) train.py --stage small
+	$(RUN) sample.py
+	$(RUN) evaluate.py
+
+test: .venv/ready
+	$(RUN) -m pytest -q
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install -q -r requirements.txt
+	touch $@

@@ -1,0 +1,203 @@
+"""Defect-Gen (arXiv:2310.17316): a network with a large receptive field starts the denoising, one with a small field ends it.
+
+Few images make a diffusion model memorise them. A network with few down-samplings sees patches only: it draws new local
+patches but loses the product's shape. So `large` owns the noisy steps t >= switch_t, where the shape is decided, and `small`
+owns t < switch_t, where the details are. It is ONE trajectory over one list of timesteps; nothing is renumbered at the switch
+(the released code denoises to the end with `large` and starts again with `small`, which is another method).
+
+Image and mask are denoised together, as the channels of one picture:
+    joint (B, C + K, H, W) in [-1, 1]: C image channels, then one channel per class (background too), +1 inside and -1 outside.
+
+    python defect_gen.py [--run runs/demo]      draws one trajectory through the switch (an untrained pair where there is no run)
+"""
+import argparse
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from datasets import has_bf16, open_dataset, overlay, pick_device, run_main, sheet, write_atomically, write_image
+from diffusion import noise_for, sample, schedule, timesteps, to_x_start
+from unet import UNet
+
+STAGES = ("large", "small")
+SWITCH_T = 400      # the released script's value; the paper's own u is reported ambiguously (50 in one place)
+
+
+# --- the idea ---
+
+def switched(large, small, switch_t):
+    """The paper's hand-over: a denoiser that asks `large` at t >= switch_t and `small` below.
+
+    switch_t = 0 is the large network alone, switch_t = T the small one alone.
+    """
+    def denoise(x_t, t):
+        return large(x_t, t) if t >= switch_t else small(x_t, t)
+    return denoise
+
+
+def encode(image, mask, num_classes):
+    """Image uint8 (B, C, H, W) and mask (B, H, W) of class indices -> joint float32 (B, C + K, H, W) in [-1, 1].
+
+    Masks have the amplitude of images ({-1, +1}); the released code's {0, 1} halves it and with it the mask's signal to noise.
+    """
+    one_hot = mask.unsqueeze(1) == torch.arange(num_classes, device=mask.device).view(1, -1, 1, 1)      # (B, K, H, W) bool
+    return torch.cat([image.float() / 127.5 - 1, one_hot.float() * 2 - 1], dim=1)
+
+
+def decode(joint, num_classes):
+    """joint (B, C + K, H, W) -> image uint8 (B, C, H, W), mask uint8 (B, H, W): the class with the highest channel."""
+    image, classes = joint[:, :-num_classes], joint[:, -num_classes:]
+    return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8), classes.argmax(1).to(torch.uint8)
+
+
+# --- checkpoints ---
+
+def save_stage(path, stage, net, ema, optimizer, step, config):
+    """Write one stage's checkpoint: tensors and plain values only, to a temporary name first.
+
+    config: the resolved settings of training; it names data, classes, channels, size, T, schedule and target, so that sampling
+    needs nothing else.
+    """
+    checkpoint = dict(kind=f"defect-gen/{stage}", step=step, config=config, network=net.config, model=net.state_dict(),
+                      ema=ema.state_dict(), optimizer=optimizer.state_dict())
+    write_atomically(path, lambda p: torch.save(checkpoint, p))
+
+
+def checkpoints(folder):
+    """The step_NNNNNN.pt of a stage's folder, oldest first."""
+    return sorted(Path(folder).glob("step_*.pt"), key=lambda p: int(p.stem.split("_")[1]))
+
+
+def load_stage(folder, stage, device="cpu"):
+    """The newest checkpoint of run/<stage> as a dict. Raises FileNotFoundError or ValueError, saying what to do."""
+    found = checkpoints(folder)
+    if not found:
+        raise FileNotFoundError(f"{folder}: no checkpoint of the {stage} stage; train it with: "
+                                f"python train.py --stage {stage} --out {Path(folder).parent}")
+    path = found[-1]
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        kind = checkpoint["kind"]
+    except Exception as error:      # the reader of damaged bytes raises many types; to the user they are one fact
+        raise ValueError(f"{path}: damaged or not a checkpoint of this program ({str(error).partition(chr(10))[0][:90]}); "
+                         f"delete it to use the one before") from None
+    if kind != f"defect-gen/{stage}":
+        raise ValueError(f"{path}: holds the stage {kind}, but defect-gen/{stage} is expected here; are large/ and small/ swapped?")
+    return checkpoint
+
+
+# --- the generator ---
+
+class DefectGen:
+    """Two trained stages and the settings they share.
+
+        generator = DefectGen.load("runs/demo")
+        images, masks = generator.sample(seeds=[0, 1, 2, 3])
+    """
+
+    def __init__(self, large, small, config, trained_steps):
+        self.large, self.small, self.config = large.eval(), small.eval(), config
+        self.classes, self.size = tuple(config["classes"]), tuple(config["size"])
+        self.alphas_cumprod = schedule(config["T"], config["schedule"])
+        self.device = next(large.parameters()).device
+        self.trained_steps = trained_steps
+
+    @classmethod
+    def load(cls, run, device="cpu"):
+        """Read both stages of a run folder, EMA weights. Raises where one is missing or the two do not fit together."""
+        if not Path(run).is_dir():
+            raise FileNotFoundError(f"--run {run}: no such folder; train first: python train.py --stage large --out {run}")
+        nets, configs, steps = [], [], []
+        for stage in STAGES:
+            checkpoint = load_stage(Path(run) / stage, stage, device)
+            net = UNet(**checkpoint["network"]).to(device)
+            net.load_state_dict(checkpoint["ema"], strict=True)
+            nets.append(net)
+            configs.append(checkpoint["config"])
+            steps.append(checkpoint["step"])
+        for key in ("classes", "channels", "size", "T", "schedule", "target"):
+            if configs[0][key] != configs[1][key]:
+                raise ValueError(f"{run}: the stages do not fit together: {key} is {configs[0][key]} in large and {configs[1][key]} in "
+                                 f"small; train both with the same data and size")
+        return cls(*nets, configs[0], steps)
+
+    def denoiser(self, net):
+        """f(x_t, t) -> x_0 of one network, whatever it was trained to predict, under bf16 autocast where that pays."""
+        def denoise(x_t, t):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=has_bf16(self.device)):
+                output = net(x_t, t)
+            return to_x_start(output.float(), x_t, t, self.alphas_cumprod, self.config["target"])
+        return denoise
+
+    def sample(self, seeds, num_steps=20, sampler="dpm++", spacing="logsnr", switch_t=SWITCH_T, size=None, batch_size=16, on_step=None):
+        """Draw one pair per seed. A pair is a function of its seed, not of the batch it is drawn in.
+
+        Args:
+            seeds: list of ints.  num_steps: network calls per picture.  switch_t: first timestep of the large network.
+            size: (H, W), that of training by default.  on_step: callback (t, x_t, pred_x_start).
+        Returns: images uint8 (N, C, H, W), masks uint8 (N, H, W), on the CPU.
+        """
+        steps = timesteps(len(self.alphas_cumprod), num_steps, spacing, self.alphas_cumprod)
+        denoise = switched(self.denoiser(self.large), self.denoiser(self.small), switch_t)
+        shape = (self.config["channels"] + len(self.classes), *(size or self.size))
+        pairs = []
+        for start in range(0, len(seeds), batch_size):
+            noise = noise_for(seeds[start:start + batch_size], shape, self.device)
+            joint = sample(denoise, noise(), steps, self.alphas_cumprod, sampler, noise=noise, on_step=on_step)
+            pairs.append([part.cpu() for part in decode(joint, len(self.classes))])
+        return torch.cat([p[0] for p in pairs]), torch.cat([p[1] for p in pairs])
+
+
+# --- python defect_gen.py ---
+
+def exact_denoiser(x_start, alphas_cumprod):
+    """E[x_0 | x_t] when the data are exactly these N pictures: softmax of the Gaussian log-likelihoods over them.
+
+    It is what a network of unlimited capacity learns from few images: it can only copy them.
+    """
+    def denoise(x_t, t):
+        a = float(alphas_cumprod[t])
+        squared = (x_t[:, None] - math.sqrt(a) * x_start[None]).square().flatten(2).sum(-1)             # (B, N)
+        weights = F.softmax(-squared / (2 * (1 - a)), dim=1)
+        return torch.einsum("bn,nchw->bchw", weights, x_start)
+    return denoise
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw one trajectory through the switch: x_t, the predicted image and mask, step by step.")
+    parser.add_argument("--run", help="a run folder with both stages; without it, the exact denoiser of 35 drawn pills stands in for both")
+    parser.add_argument("--seed", type=int, default=0, help="the picture's seed (default: %(default)s)")
+    parser.add_argument("--num-steps", type=int, default=12, help="network calls (default: %(default)s)")
+    parser.add_argument("--switch-t", type=int, default=SWITCH_T, help="first timestep of the large network (default: %(default)s)")
+    parser.add_argument("--out", default="trajectory.png", help="the picture to write (default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    columns = []
+
+    def watch(t, x_t, pred_x_start):
+        owner = "large" if t >= args.switch_t else "small"
+        image, mask = (part[0].cpu() for part in decode(pred_x_start, len(classes)))
+        noisy = decode(x_t, len(classes))[0][0].cpu()
+        columns.append((f"{owner} t={t}", noisy, image, overlay(image, mask)))
+
+    if args.run:
+        generator = DefectGen.load(args.run, device)
+        classes = generator.classes
+        generator.sample([args.seed], args.num_steps, switch_t=args.switch_t, on_step=watch)
+    else:
+        data = open_dataset("drawn:pill", (64, 64), "train")
+        classes, alphas_cumprod = data.classes, schedule()
+        x_start = encode(*data.tensors(), len(classes)).to(device)
+        noise = noise_for([args.seed], x_start.shape[1:], device)
+        exact = exact_denoiser(x_start, alphas_cumprod)
+        sample(switched(exact, exact, args.switch_t), noise(), timesteps(len(alphas_cumprod), args.num_steps), alphas_cumprod, on_step=watch)
+    titles, *rows = zip(*columns)
+    write_image(args.out, sheet(list(zip(("x_t", "image", "mask"), rows)), titles, classes))
+    print(f"{len(titles)} steps, {sum(t.startswith('large') for t in titles)} of them by the large network; picture: {args.out}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,300 @@
+"""The experiments: are the generated pairs right, do they help a segmenter, and do better masks give better verdicts?
+
+    python evaluate.py                              generation, segmentation and inspection on runs/demo
+    python evaluate.py segmentation --run runs/mine --seeds 3
+    python evaluate.py --quick                      a run-through in a minute; its numbers mean nothing
+
+Training images are those the generator saw (the run's split); scoring images (--split) are others, which is checked.
+Results go to RUN/metrics.json, RUN/figures/ and RUN/report.html; experiments that were run before stay in the report.
+"""
+import argparse
+import base64
+import html
+import math
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torchvision
+
+from datasets import NO_DEFECT, has_bf16, open_dataset, overlay, pick_device, read_json, run_main, sheet, write_atomically, write_image, write_json
+from inspect_rules import STANDARDS, judge, load_standard, recall_fpr, verdict
+from segment import ARCHS, build, confusion_matrix, fit, miou, predict
+
+
+class Setting:
+    """What all experiments share: the run, its training images, the scoring images and the generated pairs."""
+
+    def __init__(self, args):
+        self.args, self.run = args, Path(args.run)
+        if not (self.run / "large" / "config.json").exists():
+            raise FileNotFoundError(f"--run {args.run}: no trained run there; train first: python train.py --stage large --out {args.run}")
+        self.config = read_json(self.run / "large" / "config.json")
+        self.size, self.classes = tuple(self.config["size"]), tuple(self.config["classes"])
+        self.device = pick_device(args.device)
+        self.bf16 = has_bf16(self.device)
+        self.data, self.object = args.data or self.config["data"], self.config["object"]
+        self.train, self.test = self.open(self.config["split"]), self.open(args.split)
+        shared = {s.name for s in self.train.samples} & {s.name for s in self.test.samples}
+        if shared:
+            raise ValueError(f"--split {args.split} shares {len(shared)} images with the training split {self.config['split']} "
+                             f"({sorted(shared)[0]}, ...); scores on training images prove nothing, choose another split")
+        if self.train.classes != self.classes:
+            raise ValueError(f"{self.data} has the classes {', '.join(self.train.classes)}, but {self.run} was trained with {', '.join(self.classes)}")
+        if args.quick:
+            self.test = self.test.subset(range(0, len(self.test), max(1, len(self.test) // 8)))
+        samples = self.run / "samples"
+        if not (samples / "classes.json").exists():
+            raise FileNotFoundError(f"{samples}: no generated pairs; draw them first: python sample.py --run {self.run}")
+        self.generated = open_dataset(samples, self.size)
+
+    def open(self, split, annotation="spectrum"):
+        return open_dataset(self.data, self.size, split, self.object, annotation)
+
+    def figure(self, name, picture, caption):
+        """Write a picture beside the report and return the record that the report shows it by."""
+        write_image(self.run / "figures" / name, picture)
+        return {"file": name, "caption": caption}
+
+
+# --- generation ---
+
+def nearest(images, others):
+    """For each of images (N, C, H, W) the index of, and root mean square distance (in grey levels) to, its nearest in others."""
+    distance = torch.cdist(images.flatten(1).float(), others.flatten(1).float()) / math.sqrt(images[0].numel())
+    return distance.min(1).indices.tolist(), distance.min(1).values.tolist()
+
+
+def class_table(classes, named_masks):
+    """Rows of (class, share of pixels and of images that hold it, for each named set of masks), and the same as numbers."""
+    head = ["class"] + [f"{name}: {what}" for name in named_masks for what in ("% of pixels", "% of images")]
+    rows, numbers = [], {}
+    for k, name in enumerate(classes):
+        shares = [(100 * (m == k).double().mean().item(), 100 * (m == k).flatten(1).any(1).double().mean().item()) for m in named_masks.values()]
+        rows.append([name] + [f"{value:.2f}" for pair in shares for value in pair])
+        numbers[name] = {title: dict(pixels_percent=p, images_percent=i) for title, (p, i) in zip(named_masks, shares)}
+    return {"head": head, "rows": rows}, numbers
+
+
+def generation(setting):
+    """Generated beside real: pictures, nearest training images, and the share of each class."""
+    defects = [i for i, s in enumerate(setting.train.samples) if s.kind not in NO_DEFECT]
+    train = setting.train.subset(defects).tensors()
+    test = setting.test.subset([i for i, s in enumerate(setting.test.samples) if s.kind not in NO_DEFECT]).tensors()
+    drawn = setting.generated.tensors()
+    table, shares = class_table(setting.classes, {"training": train[1], "held out": test[1], "generated": drawn[1]})
+
+    index, to_training = nearest(drawn[0], train[0])
+    _, held_out = nearest(test[0], train[0])
+    show = range(0, len(drawn[0]), max(1, len(drawn[0]) // 8))[:8]
+    rows = [("generated", [drawn[0][i] for i in show]), ("its mask", [overlay(drawn[0][i], drawn[1][i]) for i in show]),
+            ("nearest training", [train[0][index[i]] for i in show]), ("its mask", [overlay(train[0][index[i]], train[1][index[i]]) for i in show])]
+    real = [(name, [overlay(image, mask) for image, mask in zip(images[::step], masks[::step])][:8])
+            for name, (images, masks) in (("training", train), ("held out", test)) for step in [max(1, len(images) // 8)]]
+    empty = (drawn[1] == 0).flatten(1).all(1).double().mean().item()
+    distances = {"generated": statistics.median(to_training), "held out": statistics.median(held_out)}
+    return {
+        "title": "Generation",
+        "text": [f"{len(drawn[0])} generated pairs, {len(train[0])} training and {len(test[0])} held-out images with defects.",
+                 f"Median distance to the nearest training image (root mean square, grey levels of 255): generated {distances['generated']:.1f}, "
+                 f"held-out real images {distances['held out']:.1f}. A copy has 0; much below the held-out value means that training images are repeated.",
+                 f"{100 * empty:.0f} % of the generated pairs have an empty mask."],
+        "tables": [{"caption": "Share of each class, images with defects", **table}],
+        "figures": [setting.figure("nearest.png", sheet(rows, classes=setting.classes), "Generated pairs and the training image nearest to each"),
+                    setting.figure("real.png", sheet(real, classes=setting.classes), "Real images with their masks")],
+        "numbers": {"classes": shares, "empty_share": empty, "median_distance_to_training": distances, "generated": len(drawn[0]),
+                    "training": len(train[0]), "held_out": len(test[0])}}
+
+
+# --- segmentation ---
+
+def mean_spread(values):
+    """'51.2 ± 0.8' of fractions as percentages; the spread is the sample standard deviation over seeds. NaN: no defect was scored."""
+    values = [100 * v for v in values]
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def train_and_predict(setting, arch, images, masks, num_classes, seed, progress):
+    net = build(arch, num_classes, seed).to(setting.device)
+    fit(net, images, masks, setting.args.steps, seed=seed, bf16=setting.bf16)
+    progress(f"{arch}, seed {seed}")
+    return predict(net, setting.test.tensors()[0], bf16=setting.bf16)
+
+
+def segmentation(setting, progress):
+    """mIoU on real images, trained on real images alone and on real + generated ones, at the same number of optimiser steps."""
+    real, drawn, (images, target) = setting.train.tensors(), setting.generated.tensors(), setting.test.tensors()
+    count = min(len(real[0]), len(drawn[0]))                        # 1:1, near the best ratio in the paper's ablation
+    pools = {"real": real, "real + generated": [torch.cat([r, d[:count]]) for r, d in zip(real, drawn)]}
+    rows, numbers, per_class, shown = [], {}, [], {}
+    for arch in ARCHS:
+        numbers[arch] = {}
+        for pool, (pool_images, pool_masks) in pools.items():
+            scores = []
+            for seed in range(setting.args.seeds):
+                pred = train_and_predict(setting, arch, pool_images, pool_masks, len(setting.classes), seed, lambda s: progress(f"{pool}: {s}"))
+                scores.append(miou(confusion_matrix(pred, target, len(setting.classes))))
+            shown[arch, pool] = pred
+            numbers[arch][pool] = scores
+            iou = [[s["iou"][k] for s in scores] for k in range(len(setting.classes))]
+            per_class.append([arch, pool] + ["–" if math.isnan(v[0]) else mean_spread(v) for v in iou])
+        without, with_ = ([s["miou"] for s in numbers[arch][pool]] for pool in pools)
+        rows.append([arch, mean_spread(without), mean_spread(with_), mean_spread([b - a for a, b in zip(without, with_)]),
+                     *(mean_spread([s["miou_with_background"] for s in numbers[arch][pool]]) for pool in pools)])
+    absent = [setting.classes[k] for k in scores[0]["absent"]]
+    pick = [i for i, s in enumerate(setting.test.samples) if s.kind not in NO_DEFECT]
+    pick = pick[::max(1, len(pick) // 8)][:8]
+    pictures = [(setting.test.samples[i].kind, [images[i], overlay(images[i], target[i])] + [overlay(images[i], p[i]) for p in shown.values()])
+                for i in pick]
+    return {
+        "title": "Segmentation",
+        "text": [f"Trained on {len(real[0])} real images, with and without {count} generated pairs, {setting.args.steps} optimiser steps either way; "
+                 f"scored on {len(images)} real images. Mean ± standard deviation over {setting.args.seeds} seeds; no pretrained backbone.",
+                 "Difference is paired by seed."] + ([f"No pixel of {', '.join(absent)} in the scoring images: left out of the means."] if absent else []),
+        "tables": [{"caption": "mIoU in %", "head": ["network", "real", "real + generated", "difference", "real, with background",
+                                                     "real + generated, with background"], "rows": rows},
+                   {"caption": "IoU per class in %", "head": ["network", "trained on", *setting.classes], "rows": per_class}],
+        "figures": [setting.figure("segmentation.png", sheet(pictures, ["image", "truth"] + [f"{a} {'+' if '+' in p else ''}" for a, p in shown],
+                                                             setting.classes), "Predictions of the last seed; + is real + generated")],
+        "numbers": numbers}
+
+
+# --- inspection ---
+
+def inspection(setting, progress):
+    """Recall and false positive rate of verdicts: a segmenter trained on the original annotation, and one on the spectrum annotation."""
+    name = setting.args.standard or setting.test.name.split(":")[-1]
+    if name not in STANDARDS and not Path(name).is_file():
+        return {"title": "Inspection", "text": [f"Not run: there is no standard for {name}. Write one (README, 'Verdicts') and pass --standard FILE."],
+                "tables": [], "figures": [], "numbers": {}}
+    standard = load_standard(name, setting.classes)
+    names = [s.name for s in setting.test.samples]
+    native = [setting.test.read(i)[1].numpy() for i in range(len(names))]
+    truth = [verdict(judge(mask, standard, setting.classes, image)) for mask, image in zip(native, names)]
+    progress("truth from masks at native size")
+
+    images, masks = setting.train.tensors()
+    drawn = str(setting.data).startswith("drawn:")
+    original = setting.open(setting.config["split"], "original").tensors()[1] if drawn else (masks > 0).to(torch.uint8)
+    ways = {"original": (original, lambda mask, image: "reject" if mask.any() else "accept"),
+            "spectrum": (masks, lambda mask, image: verdict(judge(mask.numpy(), standard, setting.classes, image)))}
+    rows, numbers = [], {}
+    for way, (annotation, decide) in ways.items():
+        results = []
+        for seed in range(setting.args.seeds):
+            pred = train_and_predict(setting, "deeplabv3+", images, annotation, 2 if way == "original" else len(setting.classes), seed,
+                                     lambda s: progress(f"{way} annotation: {s}"))
+            results.append(recall_fpr(truth, [decide(mask, image) for mask, image in zip(pred, names)]))
+        numbers[way] = results
+        rates = [[r[rate] for r in results] for rate in ("recall", "fpr")]
+        rows.append([way] + ["–" if None in values else mean_spread(values) for values in rates]
+                    + [" / ".join(str(r[key]) for r in results) for key in ("tp", "fn", "fp", "tn")])
+    h, w = standard.native_size
+    return {
+        "title": "Inspection",
+        "text": [f"Standard: {'; '.join(rule.name for rule in standard.rules)}; any other defect: {standard.unnamed}. Truth: exact masks at native size, "
+                 f"{truth.count('reject')} of {len(truth)} scoring images are to be rejected.",
+                 "Original annotation: one binary mask per image" + (", coarse, the most conspicuous defect only" if drawn else ", all classes merged")
+                 + "; any predicted defect rejects. Spectrum annotation: the standard decides.",
+                 f"Predictions are {setting.size[0]}x{setting.size[1]}: one pixel counts {h * w / math.prod(setting.size):.0f} native pixels, "
+                 "so limits below that cannot be met."],
+        "tables": [{"caption": f"Verdicts of DeepLabV3+, {setting.args.seeds} seeds", "head": ["annotation", "recall %", "false positive rate %", "tp", "fn", "fp", "tn"],
+                    "rows": rows}],
+        "figures": [], "numbers": numbers}
+
+
+# --- report ---
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
+table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}th,td{border-bottom:1px solid #8886;padding:.25rem .7rem;text-align:right}
+th:first-child,td:first-child{text-align:left}caption{text-align:left;font-weight:600}img{max-width:100%;image-rendering:pixelated}figure{margin:1rem 0}
+figcaption,.small{color:#888;font-size:.9em}@media(prefers-color-scheme:dark){body{color:#ddd;background:#181818}}"""
+
+
+def html_table(table):
+    cells = lambda tag, row: "".join(f"<{tag}>{html.escape(str(c))}</{tag}>" for c in row)
+    return (f"<table><caption>{html.escape(table['caption'])}</caption><tr>{cells('th', table['head'])}</tr>"
+            + "".join(f"<tr>{cells('td', row)}</tr>" for row in table["rows"]) + "</table>")
+
+
+def write_report(run, metrics):
+    """One self-contained page: settings, then text, tables and pictures of every experiment in metrics."""
+    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>"
+             f"<title>Defect-Gen: {html.escape(run.name)}</title><style>{STYLE}</style><h1>Defect-Gen: {html.escape(run.name)}</h1>"]
+    for result in metrics.values():
+        settings = "; ".join(f"{k} {v}" for k, v in result["settings"].items())
+        parts.append(f"<h2>{html.escape(result['title'])}</h2>" + "".join(f"<p>{html.escape(t)}</p>" for t in result["text"]))
+        parts += [html_table(t) for t in result["tables"]]
+        for figure in result["figures"]:
+            data = base64.b64encode((run / "figures" / figure["file"]).read_bytes()).decode()
+            caption = html.escape(figure["caption"])
+            parts.append(f"<figure><img alt='{caption}' src='data:image/png;base64,{data}'><figcaption>{caption}</figcaption></figure>")
+        parts.append(f"<p class=small>{html.escape(settings)}</p>")
+    write_atomically(run / "report.html", lambda p: p.write_text("".join(parts), encoding="utf-8"))
+
+
+# --- command ---
+
+EXPERIMENTS = {"generation": generation, "segmentation": segmentation, "inspection": inspection}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Run the experiments of a trained run and write its report.")
+    parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=f"{' | '.join(EXPERIMENTS)} (default: all)")
+    parser.add_argument("--run", default="runs/demo", help="run folder with generated pairs in RUN/samples (default: %(default)s)")
+    parser.add_argument("--data", help="the data set (default: the one the run was trained on)")
+    parser.add_argument("--split", default="test", help="images to score on: a list of split.json, or test (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=2, help="segmenters trained per cell (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=150, help="optimiser steps of each segmenter (default: %(default)s)")
+    parser.add_argument("--standard", help="JSON file or name of the standard for the inspection (default: that of the object)")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
+    parser.add_argument("--quick", action="store_true", help="one seed, 2 steps, 8 scoring images: shows that everything runs")
+    args = parser.parse_args(argv)
+    unknown = [e for e in args.experiments if e not in EXPERIMENTS]
+    if unknown:
+        raise ValueError(f"unknown experiment {', '.join(unknown)}; there are {', '.join(EXPERIMENTS)}")
+    if args.seeds < 1 or args.steps < 1:
+        raise ValueError("--seeds and --steps must be at least 1")
+    if args.quick:
+        args.seeds, args.steps = 1, 2
+    return args
+
+
+def evaluate(args):
+    setting = Setting(args)
+    path = setting.run / "metrics.json"
+    metrics = read_json(path) if path.exists() else {}
+    for name in args.experiments or EXPERIMENTS:
+        start = time.perf_counter()
+        print(f"--- {name}", flush=True)
+
+        def progress(text):
+            print(f"{time.perf_counter() - start:6.0f} s  {text}", flush=True)
+
+        result = EXPERIMENTS[name](setting) if name == "generation" else EXPERIMENTS[name](setting, progress)
+        result["settings"] = {"data": setting.data, "training split": setting.config["split"], "scoring split": args.split, "size": setting.size,
+                              "segmenter steps": args.steps, "seeds": f"0 to {args.seeds - 1}", "time": f"{time.perf_counter() - start:.0f} s",
+                              "device": f"{setting.device} ({platform.machine()}, {torch.get_num_threads()} threads)", "torch": torch.__version__,
+                              "torchvision": torchvision.__version__, **({"quick": "the numbers mean nothing"} if args.quick else {})}
+        metrics = {key: value for key, value in {**metrics, name: result}.items()}
+        write_json(path, metrics)                   # after each experiment: what is finished is kept
+        write_report(setting.run, {key: metrics[key] for key in EXPERIMENTS if key in metrics})
+        for text in result["text"]:
+            print(text)
+        for table in result["tables"]:
+            print_table(table)
+    print(f"report: {setting.run / 'report.html'}")
+
+
+def print_table(table):
+    rows = [table["head"], *table["rows"]]
+    widths = [max(len(str(row[c])) for row in rows) for c in range(len(rows[0]))]
+    print(table["caption"])
+    for row in rows:
+        print("  " + "  ".join(str(cell).ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+if __name__ == "__main__":
+    run_main(lambda: evaluate(parse_args()))

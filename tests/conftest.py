@@ -1,0 +1,57 @@
+"""What the tests share: a small data set on disk, a run trained on it in seconds, and a way to run the commands as a user does."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from datasets import write_classes, write_pair
+
+ROOT = Path(__file__).parent.parent
+torch.set_num_threads(1)            # small tensors: more threads only wait for each other
+
+
+def run(script, *flags, cwd=ROOT):
+    """Run one of the commands in a process of its own; returns it with .returncode, .stdout and .stderr."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, ROOT / script, *map(str, flags)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def make_data(folder, kinds=("crack", "dirt", "good"), count=8, size=(24, 32)):
+    """A Defect Spectrum folder: noise pictures with a square of class 1 (crack) or 2 (dirt), none on good ones."""
+    random = np.random.default_rng(0)
+    for k, kind in enumerate(kinds):
+        for i in range(count):
+            image, mask = random.integers(100, 156, (3, *size), np.uint8), np.zeros(size, np.uint8)
+            if kind != "good":
+                mask[4 + i:12 + i, 4 + 8 * k:14 + 8 * k] = k + 1
+                image[k, mask > 0] = 250
+            write_pair(folder, f"{i:03d}", image, mask, kind)
+    write_classes(folder, ("background", "crack", "dirt"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data") / "bolt")
+
+
+TINY = ["--size", "16", "16", "--steps", "4", "--batch-size", "2", "--save-every", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def trained(data, tmp_path_factory):
+    """A run folder with both stages, four steps each."""
+    out = tmp_path_factory.mktemp("runs") / "bolt"
+    for stage in ("large", "small"):
+        train.train(train.parse_args(["--stage", stage, "--data", str(data), "--out", str(out), *TINY]))
+    return out
+
+
+def picture(path):
+    return np.array(Image.open(path))

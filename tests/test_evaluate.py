@@ -1,0 +1,99 @@
+"""The experiments run on a trained run, keep what was run before, and score nothing that was trained on."""
+import json
+import shutil
+
+import pytest
+import torch
+
+import evaluate
+import sample
+from conftest import picture
+
+
+@pytest.fixture(scope="module")
+def sampled(trained, tmp_path_factory):
+    run = shutil.copytree(trained, tmp_path_factory.mktemp("evaluate") / "bolt")
+    sample.draw_pairs(sample.parse_args(["--run", str(run), "--count", "12", "--num-steps", "2"]))
+    return run
+
+
+def go(*flags):
+    evaluate.evaluate(evaluate.parse_args([*map(str, flags)]))
+    return json.loads((flags[flags.index("--run") + 1] / "metrics.json").read_text())
+
+
+def test_all_three_with_a_standard_of_ones_own(sampled, tmp_path, capsys):
+    standard = tmp_path / "bolt.json"
+    standard.write_text(json.dumps({"object": "bolt", "native_size": [24, 32], "rules": [{"classes": ["crack"], "max_area_px": 0},
+                                                                                     {"classes": ["dirt"], "max_area_px": 500}]}))
+    metrics = go("--run", sampled, "--quick", "--standard", standard)
+    assert list(metrics) == ["generation", "segmentation", "inspection"]
+    report = (sampled / "report.html").read_text()
+    assert all(word in report for word in ("Generation", "Segmentation", "Inspection", "data:image/png;base64", "the numbers mean nothing"))
+    assert "http" not in report                                     # self-contained
+    for figure in ("nearest.png", "real.png", "segmentation.png"):
+        assert picture(sampled / "figures" / figure).std() > 0
+    table = metrics["inspection"]["numbers"]["spectrum"][0]
+    assert sum(table[key] for key in ("tp", "fn", "fp", "tn")) == 9 and table["tp"] + table["fn"] == 3      # cracks are not allowed, dirt is small
+    shares = metrics["generation"]["numbers"]["classes"]["crack"]["held out"]
+    assert shares["images_percent"] == 50                           # good products are left out of this table
+    assert str(sampled / "report.html") in capsys.readouterr().out
+
+
+def test_one_experiment_keeps_the_results_of_the_others(sampled):
+    before = go("generation", "--run", sampled, "--quick")
+    after = go("segmentation", "--run", sampled, "--quick")
+    assert after["generation"] == before["generation"] and "segmentation" in after
+
+
+def test_without_a_standard_the_inspection_says_so(sampled):
+    assert "Not run: there is no standard for bolt" in go("inspection", "--run", sampled, "--quick")["inspection"]["text"][0]
+
+
+def test_training_images_are_never_scored(sampled):
+    with pytest.raises(ValueError, match="shares 15 images with the training split"):
+        go("--run", sampled, "--split", "train")
+
+
+@pytest.mark.parametrize("flags, message", [(["generations"], "unknown experiment generations"), (["--split", "val"], "no split 'val'"),
+                                            (["--seeds", "0"], "at least 1"), (["--data", "drawn:pill"], "was trained with background, crack"),
+                                            (["inspection", "--standard", "nowhere.json"], "no standard|nowhere.json")])
+def test_bad_flags_are_one_sentence(sampled, flags, message):
+    if "--standard" in flags:
+        assert "nowhere.json" in go(*flags, "--run", sampled, "--quick")["inspection"]["text"][0]
+    else:
+        with pytest.raises(ValueError, match=message):
+            go(*flags, "--run", sampled, "--quick")
+
+
+def test_missing_parts_name_the_command_that_makes_them(trained, tmp_path):
+    with pytest.raises(FileNotFoundError, match="train first: python train.py"):
+        go("--run", tmp_path)
+    with pytest.raises(FileNotFoundError, match="draw them first: python sample.py"):
+        go("--run", trained)
+
+
+def test_nearest_is_the_root_mean_square_distance():
+    a, b = torch.randint(0, 256, (3, 1, 4, 4), dtype=torch.uint8), torch.randint(0, 256, (5, 1, 4, 4), dtype=torch.uint8)
+    index, distance = evaluate.nearest(a, b)
+    for i, image in enumerate(a):
+        by_hand = [((image.double() - other.double()) ** 2).mean().sqrt().item() for other in b]
+        assert index[i] == by_hand.index(min(by_hand)) and abs(distance[i] - min(by_hand)) < 1e-3
+
+
+def test_class_table_counts_pixels_and_images():
+    masks = torch.zeros(4, 2, 5, dtype=torch.uint8)
+    masks[0, 0, :3] = 1
+    table, numbers = evaluate.class_table(("background", "crack"), {"real": masks})
+    assert numbers["crack"]["real"] == {"pixels_percent": pytest.approx(7.5), "images_percent": 25.0} and table["rows"][1] == ["crack", "7.50", "25.00"]
+
+
+def test_spread_is_the_sample_standard_deviation():
+    assert evaluate.mean_spread([0.5, 0.6, 0.7]) == "60.0 ± 10.0" and evaluate.mean_spread([0.5]) == "50.0"
+
+
+def test_names_from_files_are_escaped_in_the_report(tmp_path):
+    table = {"caption": "<b>", "head": ["&"], "rows": [["<script>alert(1)</script>"]]}
+    evaluate.write_report(tmp_path, {"x": {"title": "<i>", "text": ["<u>"], "tables": [table], "figures": [], "settings": {"a": "<s>"}}})
+    page = (tmp_path / "report.html").read_text()
+    assert not any(tag in page for tag in ("<script>", "<b>", "<i>", "<u>", "<s>"))

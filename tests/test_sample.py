@@ -1,0 +1,65 @@
+"""Pairs are written as a data set, once each, named by their seed."""
+import shutil
+
+import pytest
+import torch
+
+import sample
+from conftest import picture
+from datasets import open_dataset
+
+
+def go(*flags):
+    sample.draw_pairs(sample.parse_args([*map(str, flags)]))
+
+
+def test_a_data_set_comes_out_and_is_read_back(trained, tmp_path, capsys):
+    go("--run", trained, "--seeds", "0-4,17", "--num-steps", 3, "--out", tmp_path)
+    data = open_dataset(tmp_path)
+    assert [s.name for s in data.samples] == [f"generated/{n:06d}" for n in (0, 1, 2, 3, 4, 17)]
+    assert data.classes == ("background", "crack", "dirt") and data[0][0].shape == (3, 16, 16)
+    assert picture(tmp_path / "sheet.png").std() > 0
+    assert "6 pairs in" in capsys.readouterr().out
+
+
+def test_what_is_there_is_skipped_and_what_is_missing_is_drawn_the_same(trained, tmp_path, capsys):
+    go("--run", trained, "--count", 3, "--num-steps", 3, "--out", tmp_path)
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("generated/*")}
+    (tmp_path / "mask/generated/000001_mask.png").unlink()
+    go("--run", trained, "--count", 3, "--num-steps", 3, "--out", tmp_path)
+    after = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("generated/*")}
+    assert {p: b for p, (b, _) in before.items()} == {p: b for p, (b, _) in after.items()}
+    assert {p.name for p in before if before[p][1] == after[p][1]} == {n for p in before for n in [p.name] if "000001" not in n}
+    assert "2 of 3 pairs are there already" in capsys.readouterr().out
+
+
+def test_other_settings_do_not_mix_into_one_folder(trained, tmp_path):
+    go("--run", trained, "--count", 1, "--num-steps", 3, "--out", tmp_path)
+    with pytest.raises(ValueError, match="drawn with other settings"):
+        go("--run", trained, "--count", 1, "--num-steps", 4, "--out", tmp_path)
+
+
+@pytest.mark.parametrize("text, seeds", [("0-3", [0, 1, 2, 3]), ("7", [7]), ("1,5,2-3", [1, 5, 2, 3]), ("2,1-3", [2, 1, 3])])
+def test_seeds_are_ranges_and_numbers(text, seeds):
+    assert sample.parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--seeds", "3-1"], "--seeds 3-1"), (["--seeds", "a"], "--seeds a"), (["--count", "0"], "at least 1"), (["--num-steps", "0"], "at least 1"),
+    (["--num-steps", "1001"], "1001"), (["--size", "18", "18"], "18x18"), (["--run", "nowhere"], "no such folder"), (["--device", "nothing"], "--device nothing")])
+def test_bad_flags_are_one_sentence(trained, tmp_path, flags, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        go("--run", trained, "--out", tmp_path / "out", "--count", 1, "--num-steps", 2, *flags)
+
+
+def test_a_run_with_one_stage_draws_nothing(trained, tmp_path):
+    copy = shutil.copytree(trained, tmp_path / "run")
+    shutil.rmtree(copy / "large")
+    with pytest.raises(FileNotFoundError, match="no checkpoint of the large stage"):
+        go("--run", copy)
+    assert not (copy / "samples").exists()
+
+
+def test_another_size_than_trained(trained, tmp_path):
+    go("--run", trained, "--count", 2, "--num-steps", 2, "--size", 16, 32, "--out", tmp_path)
+    assert torch.stack([open_dataset(tmp_path)[i][1] for i in range(2)]).shape == (2, 16, 32)

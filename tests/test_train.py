@@ -1,0 +1,115 @@
+"""Training resumes bit for bit, logs what it did, and refuses bad flags before the first step."""
+import csv
+import json
+import shutil
+from collections import Counter
+
+import pytest
+import torch
+
+import train
+from conftest import TINY, make_data, picture, run
+from defect_gen import checkpoints, load_stage
+
+
+def go(*flags):
+    train.train(train.parse_args([*map(str, flags)]))
+
+
+def test_9_steps_and_11_more_are_20_bit_for_bit(data, tmp_path):
+    flags = ["--stage", "small", "--data", data, *TINY]
+    go(*flags, "--out", tmp_path / "whole", "--steps", 20)
+    go(*flags, "--out", tmp_path / "parts", "--steps", 9)
+    go(*flags, "--out", tmp_path / "parts", "--steps", 20, "--resume")
+    whole, parts = (load_stage(tmp_path / name / "small", "small") for name in ("whole", "parts"))
+    for part in ("model", "ema"):
+        assert all(torch.equal(value, parts[part][key]) for key, value in whole[part].items())
+    for key, state in whole["optimizer"]["state"].items():
+        assert all(torch.equal(value, parts["optimizer"]["state"][key][name]) for name, value in state.items())
+    steps = [int(row["step"]) for row in csv.DictReader((tmp_path / "parts/small/log.csv").open())]
+    assert steps == [9, 10, 20]
+
+
+def test_every_image_comes_up_equally_often_whatever_the_batch():
+    stream = train.order(7, 0, 70, seed=3)
+    assert set(Counter(stream).values()) == {10} and stream[:7] != stream[7:14]
+    assert stream == sum((train.order(7, start, 5, seed=3) for start in range(0, 70, 5)), [])
+    assert stream != train.order(7, 0, 70, seed=4)
+
+
+def test_what_a_run_leaves_behind(trained):
+    folder = trained / "large"
+    assert [p.name for p in checkpoints(folder)] == ["step_000002.pt", "step_000004.pt"]
+    assert picture(folder / "samples_000004.png").std() > 0
+    config = json.loads((folder / "config.json").read_text())
+    assert config["classes"] == ["background", "crack", "dirt"] and config["size"] == [16, 16] and config["num_images"] == 10  # no good ones
+    row = next(csv.DictReader((folder / "log.csv").open()))
+    assert float(row["loss"]) > 0 and set(train.QUARTERS) < set(row)
+
+
+def test_grey_and_single_images_train(tmp_path):
+    from test_datasets import save
+    import numpy as np
+    save(tmp_path / "grey/image/crack/0.png", np.zeros((16, 16)))
+    save(tmp_path / "grey/mask/crack/0_mask.png", np.ones((16, 16)))
+    go("--stage", "large", "--data", tmp_path / "grey", "--out", tmp_path / "run", *TINY)
+    assert load_stage(tmp_path / "run/large", "large")["config"]["channels"] == 1
+
+
+def test_large_data_come_through_workers_in_the_same_order(data, tmp_path, monkeypatch):
+    from datasets import open_dataset
+    dataset = open_dataset(data, (16, 16))
+    arguments = (dataset, 3, 5, 4, 0, torch.device("cpu"))
+    in_memory = list(train.batches(*arguments))
+    monkeypatch.setattr(train, "IN_MEMORY_BYTES", 0)
+    for (images, masks), (loaded, loaded_masks) in zip(in_memory, train.batches(*arguments), strict=True):
+        assert torch.equal(images, loaded) and torch.equal(masks.long(), loaded_masks)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--size", "18", "16"], "18x16"),
+    (["--size", "16", "20"], r"--size 16 (16|24)"),
+    (["--data", "nowhere"], "no such folder"),
+    (["--data", "drawn:tablet"], "unknown drawn object"),
+    (["--split", "val"], "no split 'val'; there are train, test"),
+    (["--steps", "0"], "--steps is 0"),
+    (["--lr", "-1"], "--lr is -1"),
+    (["--device", "nothing"], "--device nothing"),
+    (["--resume"], "no checkpoint of the large stage"),
+])
+def test_bad_flags_are_one_sentence(data, tmp_path, flags, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        go("--stage", "large", "--data", data, "--out", tmp_path / "run", *TINY, *flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_not_overwritten_and_other_settings_are_named(trained, data, tmp_path):
+    copy = shutil.copytree(trained, tmp_path / "run")
+    before = checkpoints(copy / "large")[-1].read_bytes()
+    flags = ["--stage", "large", "--data", data, "--out", copy, *TINY]
+    with pytest.raises(ValueError, match="already holds step_000004.pt: --resume continues it"):
+        go(*flags)
+    with pytest.raises(ValueError, match="cannot resume with other settings: lr was 0.001 and is 0.5"):
+        go(*flags, "--resume", "--lr", 0.5)
+    go(*flags, "--resume")                                          # nothing left to do
+    assert checkpoints(copy / "large")[-1].read_bytes() == before
+
+
+def test_only_good_products_cannot_be_trained_on(tmp_path):
+    make_data(tmp_path / "good", kinds=("good",))
+    with pytest.raises(ValueError, match="only products without defects"):
+        go("--stage", "large", "--data", tmp_path / "good", "--out", tmp_path / "run", *TINY)
+
+
+def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(data, tmp_path, monkeypatch):
+    loss = train.training_loss
+    monkeypatch.setattr(train, "training_loss", lambda *a: loss(*a) * (float("nan") if seen.append(0) or len(seen) > 2 else 1))
+    seen = []
+    with pytest.raises(ValueError, match="loss is nan at step 4"):
+        go("--stage", "large", "--data", data, "--out", tmp_path / "run", *TINY)
+    assert [p.name for p in checkpoints(tmp_path / "run/large")] == ["step_000002.pt"]
+
+
+def test_errors_reach_the_user_without_a_traceback(tmp_path):
+    result = run("train.py", "--stage", "large", "--data", tmp_path / "nowhere")
+    assert result.returncode == 2 and "Traceback" not in result.stderr and "no such folder" in result.stderr

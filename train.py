@@ -1,0 +1,243 @@
+"""Train one stage of Defect-Gen on a handful of photos with masks.
+
+    python train.py --stage large                       the drawn pill, minutes on two CPU cores
+    python train.py --stage small
+    python train.py --stage large --data FOLDER --out runs/mine --size 256 256 --preset paper
+    python train.py --stage large --out runs/mine --resume --steps 20000        continue, to a higher step count
+
+Everything random is a function of (seed, step), so a resumed run continues bit for bit where it stopped (on a CPU).
+"""
+import argparse
+import csv
+import math
+import os
+import sys
+import time
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from datasets import (add_data_flags, has_bf16, open_dataset, overlay, pick_device, run_main, sheet, write_atomically, write_image,
+                      write_json, NO_DEFECT)
+from defect_gen import STAGES, SWITCH_T, checkpoints, decode, encode, load_stage, save_stage
+from diffusion import q_sample, rng, sample, schedule, timesteps, to_x_start, training_loss
+from unet import LARGE, SMALL, UNet, check_size, count_parameters, receptive_field
+
+PRESETS = {
+    # 64x64 on two CPU cores in minutes: for the demo, the tests and teaching
+    "tiny": dict(size=(64, 64), steps=600, batch_size=8, lr=1e-3, weight_decay=0.0, ema=0.995, warmup=50, save_every=200,
+                 large=dict(channels=32, multipliers=(1, 2, 2, 4), num_res_blocks=1, attention_levels=(3,), middle=True),
+                 small=dict(channels=32, multipliers=(1, 2), num_res_blocks=1, attention_levels=(), middle=False)),
+    # the released configuration (its yaml files): 256x256, AdamW 1e-4, weight decay 0.002, batch 2, 160k steps, EMA 0.9999
+    "paper": dict(size=(256, 256), steps=160_000, batch_size=2, lr=1e-4, weight_decay=0.002, ema=0.9999, warmup=0, save_every=10_000,
+                  large=LARGE, small=SMALL),
+}
+IN_MEMORY_BYTES = 4 << 30       # data up to this size are decoded once and stay on the device as uint8
+LOG_EVERY = 10                  # steps between readings of the loss: each one waits for the device
+QUARTERS = ["loss_q1", "loss_q2", "loss_q3", "loss_q4"]         # loss by quarter of [0, T): which steps a stage is good at
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Train one stage of Defect-Gen.", epilog="Flags left out take the preset's value.")
+    parser.add_argument("--stage", required=True, choices=STAGES, help="which of the two networks")
+    add_data_flags(parser, split="train")
+    parser.add_argument("--out", default="runs/demo", help="run folder; this stage writes to OUT/<stage> (default: %(default)s)")
+    parser.add_argument("--preset", default="tiny", choices=PRESETS, help="default values of the flags below (default: %(default)s)")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="images are resized to this")
+    parser.add_argument("--steps", type=int, help="optimiser steps in all")
+    parser.add_argument("--batch-size", type=int, help="images per step")
+    parser.add_argument("--lr", type=float, help="learning rate of AdamW")
+    parser.add_argument("--target", default="x0", choices=["x0", "eps", "v"], help="what the network predicts (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order, noise and timesteps (default: %(default)s)")
+    parser.add_argument("--save-every", type=int, help="steps between checkpoints with a picture of samples; the newest two are kept")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="mixed precision (default: where the device is fast at it)")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in OUT/<stage>")
+    args = parser.parse_args(argv)
+    for name, value in PRESETS[args.preset].items():
+        if getattr(args, name, None) is None and name not in STAGES:
+            setattr(args, name, value)
+    for name in ("steps", "batch_size", "save_every", "lr"):
+        if not getattr(args, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be above 0")
+    return args
+
+
+# --- data ---
+
+def order(num_images, start, count, seed):
+    """Positions start .. start + count - 1 of an endless stream of shuffled epochs: every image comes up equally often."""
+    positions = range(start, start + count)
+    epochs = {p // num_images: None for p in positions}
+    shuffled = {e: torch.randperm(num_images, generator=rng(seed, 1, e)).tolist() for e in epochs}
+    return [shuffled[p // num_images][p % num_images] for p in positions]
+
+
+def batches(dataset, first_step, steps, batch_size, seed, device):
+    """Yield (images, masks) on the device for each step. Small data are decoded once and kept there, larger ones are loaded by workers."""
+    def indices():
+        for step in range(first_step, steps):
+            yield order(len(dataset), step * batch_size, batch_size, seed)
+
+    size = len(dataset) * (dataset.channels + 1) * math.prod(dataset.size)
+    if size <= IN_MEMORY_BYTES:
+        print(f"data: {len(dataset)} images, {size / 2**20:.1f} MiB decoded once and kept on {device}")
+        images, masks = (part.to(device) for part in dataset.tensors())
+        yield from ((images[index], masks[index]) for index in indices())
+    else:
+        print(f"data: {len(dataset)} images, {size / 2**30:.1f} GiB, loaded by worker processes")
+        loader = torch.utils.data.DataLoader(dataset, batch_sampler=list(indices()), num_workers=min(4, os.cpu_count()), pin_memory=device.type == "cuda")
+        yield from ((images.to(device, non_blocking=True), masks.to(device, non_blocking=True)) for images, masks in loader)
+
+
+# --- pictures while training ---
+
+def preview(net, stage, config, images, masks, device, alphas_cumprod):
+    """A sheet of 8 samples of this stage's EMA weights, from fixed seeds.
+
+    The large stage draws from noise. The small one is only ever used below switch_t: it is shown denoising training images from there.
+    """
+    def denoise(x_t, t):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config["bf16"]):
+            output = net(x_t, t)
+        return to_x_start(output.float(), x_t, t, alphas_cumprod, config["target"])
+
+    num_classes = len(config["classes"])
+    start = encode(images, masks, num_classes)
+    noise = torch.randn(start.shape, generator=rng(config["seed"], 3)).to(device)
+    steps = timesteps(config["T"], 20, "logsnr", alphas_cumprod)
+    if stage == "small":
+        steps = [t for t in steps if t < SWITCH_T]
+        noise = q_sample(start, torch.full((len(start),), steps[0], device=device), noise, alphas_cumprod)
+    drawn, drawn_masks = (part.cpu() for part in decode(sample(denoise, noise, steps, alphas_cumprod), num_classes))
+    rows = [("image", list(drawn)), ("mask", [overlay(i, m) for i, m in zip(drawn, drawn_masks)])]
+    if stage == "small":
+        rows.insert(0, (f"t={steps[0]}", list(decode(noise, num_classes)[0].cpu())))
+    return sheet(rows, classes=config["classes"])
+
+
+# --- the loop ---
+
+def prepare(args):
+    """Open the data and settle the configuration; everything that can be wrong is found out before the first step."""
+    device = pick_device(args.device)
+    dataset = open_dataset(args.data, tuple(args.size), args.split, args.object)
+    defects = [i for i, s in enumerate(dataset.samples) if s.kind not in NO_DEFECT]
+    if not defects:
+        raise ValueError(f"--data {args.data}, split {args.split}: only products without defects; there is nothing to learn to draw")
+    dataset = dataset.subset(defects)
+    network = PRESETS[args.preset][args.stage]
+    check_size(*args.size, depth=len(network["multipliers"]) - 1)
+    bf16 = has_bf16(device) if args.bf16 is None else args.bf16
+    config = dict(vars(args), size=list(args.size), classes=list(dataset.classes), channels=dataset.channels, T=1000, schedule="cosine",
+                  bf16=bf16, device=str(device), num_images=len(dataset))
+    return dataset, device, network, {k: v for k, v in config.items() if k != "resume"}
+
+
+def restore(folder, args, config, net, ema, optimizer):
+    """Load the newest checkpoint into the three; returns the step to go on from. Settings that shape the weights must be the same."""
+    checkpoint = load_stage(folder, args.stage)
+    free = ("steps", "save_every", "device", "bf16", "out")
+    changed = [f"{k} was {checkpoint['config'][k]} and is {config[k]}" for k in config if k not in free and checkpoint["config"].get(k) != config[k]]
+    if changed:
+        raise ValueError(f"{folder}: cannot resume with other settings: {'; '.join(changed)}. Use the old ones, or another --out")
+    net.load_state_dict(checkpoint["model"])
+    ema.load_state_dict(checkpoint["ema"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    return checkpoint["step"]
+
+
+def open_log(path, first_step):
+    """log.csv with the rows up to first_step kept: a resumed run leaves neither gaps nor doubles."""
+    rows = list(csv.DictReader(path.open())) if path.exists() else []
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["step", "loss", *QUARTERS, "lr", "images_per_s"])
+        writer.writeheader()
+        writer.writerows(row for row in rows if int(row["step"]) <= first_step)
+    return path.open("a", newline="")
+
+
+def train(args):
+    dataset, device, network, config = prepare(args)
+    folder = Path(args.out) / args.stage
+    if not args.resume and checkpoints(folder):
+        raise ValueError(f"{folder} already holds {checkpoints(folder)[-1].name}: --resume continues it, another --out starts a new run")
+
+    torch.manual_seed(args.seed)                                    # initial weights only; the steps have streams of their own
+    net = UNet(dataset.channels + len(dataset.classes), **network).to(device)
+    ema = deepcopy(net).requires_grad_(False)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    first_step = restore(folder, args, config, net, ema, optimizer) if args.resume else 0
+    alphas_cumprod = schedule(config["T"], config["schedule"])
+
+    field = receptive_field(net)
+    print(f"{args.stage}: {count_parameters(net) / 1e6:.2f} M parameters, receptive field {'the whole image' if field == math.inf else f'{field} px'}, images {config['size'][0]}x{config['size'][1]}, "
+          f"{len(dataset.classes)} classes, {device}, {'bf16' if config['bf16'] else 'fp32'}")
+    if args.stage == "small" and field >= max(args.size):
+        print(f"warning: the small network sees the whole image ({field} px): it can memorise it; use larger images", file=sys.stderr)
+    if first_step >= args.steps:
+        print(f"{folder} has {first_step} steps already; raise --steps to go on")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config)
+
+    eight = dataset.subset([i * len(dataset) // 8 for i in range(8)]).tensors()     # for the small stage's previews
+    parameters, averaged = list(net.parameters()), list(ema.parameters())
+    totals = torch.zeros(2, 4, device=device)                       # loss sums and counts by quarter of [0, T)
+    log = open_log(folder / "log.csv", first_step)
+    writer = csv.writer(log)
+    bar = tqdm(total=args.steps, initial=first_step, unit="step", desc=args.stage, mininterval=1)
+    clock, last = time.perf_counter(), first_step
+    for step, (images, masks) in enumerate(batches(dataset, first_step, args.steps, args.batch_size, args.seed, device), first_step):
+        random = rng(args.seed, 2, step)
+        x_start = encode(images, masks, len(dataset.classes))
+        t = torch.randint(config["T"], (len(images),), generator=random).to(device)
+        noise = torch.randn(x_start.shape, generator=random).to(device)
+        lr = args.lr * min(1.0, (step + 1) / max(args.warmup, 1))   # never of the total: --steps can be raised later
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        with torch.autocast(device.type, torch.bfloat16, enabled=config["bf16"]):
+            losses = training_loss(net, x_start, t, noise, alphas_cumprod, args.target)
+        losses.mean().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        decay = min(args.ema, (1 + step) / (10 + step))             # warm-up: the average of 100 steps is not mostly step 0
+        torch._foreach_lerp_(averaged, parameters, 1 - decay)
+        totals.index_add_(1, t * 4 // config["T"], torch.stack([losses.detach(), torch.ones_like(losses)]))
+
+        done = step + 1
+        if done % LOG_EVERY == 0 or done == args.steps:
+            sums, counts = totals.tolist()
+            totals.zero_()
+            loss = sum(sums) / sum(counts)
+            if not math.isfinite(loss):
+                raise ValueError(f"the loss is {loss} at step {done}, learning rate {lr:g}; the last checkpoint in {folder} is kept. "
+                                 f"Try a lower --lr or --no-bf16")
+            now = time.perf_counter()
+            rate = (done - last) * args.batch_size / (now - clock)
+            clock, last = now, done
+            writer.writerow([done, f"{loss:.6f}", *(f"{s / c:.6f}" if c else "" for s, c in zip(sums, counts)), f"{lr:g}", f"{rate:.2f}"])
+            bar.update(done - bar.n)
+            bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{rate:.1f}")
+        if done % args.save_every == 0 or done == args.steps:
+            log.flush()
+            save_stage(folder / f"step_{done:06d}.pt", args.stage, net, ema, optimizer, done, config)
+            for old in checkpoints(folder)[:-2]:
+                old.unlink()
+            picture = preview(ema, args.stage, config, *(part.to(device) for part in eight), device, alphas_cumprod)
+            write_image(folder / f"samples_{done:06d}.png", picture)
+            clock = time.perf_counter()
+    bar.close()
+    log.close()
+    print(f"{args.stage} stage: {args.steps} steps, checkpoint {checkpoints(folder)[-1]}, picture {folder / f'samples_{args.steps:06d}.png'}")
+    other = STAGES[1 - STAGES.index(args.stage)]
+    print("next: python sample.py --run " + args.out if checkpoints(Path(args.out) / other) else
+          f"next: python train.py --stage {other} --data {args.data} --out {args.out}")
+
+
+if __name__ == "__main__":
+    run_main(lambda: train(parse_args()))
