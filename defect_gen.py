@@ -8,7 +8,7 @@ owns t < switch_t, where the details are. It is ONE trajectory over one list of 
 Image and mask are denoised together, as the channels of one picture:
     joint (B, C + K, H, W) in [-1, 1]: C image channels, then one channel per class (background too), +1 inside and -1 outside.
 
-    python defect_gen.py [--run runs/demo]      draws one trajectory through the switch (an untrained pair where there is no run)
+    python defect_gen.py [--run runs/demo]      draws one trajectory through the switch (without a run: of an exact denoiser)
 """
 import argparse
 import math
@@ -124,14 +124,17 @@ class DefectGen:
         return cls(*nets, configs[0], steps)
 
     def denoiser(self, net):
-        """f(x_t, t) -> x_0 of one network, whatever it was trained to predict, under bf16 autocast where that pays."""
+        """f(x_t, t) -> x_0 of one network, whatever it was trained to predict; under bf16 autocast if it was trained so."""
+        bf16 = self.config["bf16"] and has_bf16(self.device)
+
         def denoise(x_t, t):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=has_bf16(self.device)):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
                 output = net(x_t, t)
             return to_x_start(output.float(), x_t, t, self.alphas_cumprod, self.config["target"])
         return denoise
 
-    def sample(self, seeds, num_steps=20, sampler="dpm++", spacing="logsnr", switch_t=SWITCH_T, size=None, batch_size=16, on_step=None):
+    def sample(self, seeds, num_steps=20, sampler="dpm++", spacing="logsnr", switch_t=SWITCH_T, size=None, batch_size=16,
+               on_step=None):
         """Draw one pair per seed. A pair is a function of its seed, not of the batch it is drawn in.
 
         Args:
@@ -166,8 +169,8 @@ def exact_denoiser(x_start, alphas_cumprod):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw one trajectory through the switch: x_t, the predicted image and mask, step by step.")
-    parser.add_argument("--run", help="a run folder with both stages; without it, the exact denoiser of 35 drawn pills stands in for both")
+    parser = argparse.ArgumentParser(description="Draw one trajectory through the switch: x_t, and the image and mask predicted from it.")
+    parser.add_argument("--run", help="a run folder with both stages (default: the exact denoiser of 35 drawn pills stands in for both)")
     parser.add_argument("--seed", type=int, default=0, help="the picture's seed (default: %(default)s)")
     parser.add_argument("--num-steps", type=int, default=12, help="network calls (default: %(default)s)")
     parser.add_argument("--switch-t", type=int, default=SWITCH_T, help="first timestep of the large network (default: %(default)s)")
@@ -193,7 +196,8 @@ def main():
         x_start = encode(*data.tensors(), len(classes)).to(device)
         noise = noise_for([args.seed], x_start.shape[1:], device)
         exact = exact_denoiser(x_start, alphas_cumprod)
-        sample(switched(exact, exact, args.switch_t), noise(), timesteps(len(alphas_cumprod), args.num_steps), alphas_cumprod, on_step=watch)
+        steps = timesteps(len(alphas_cumprod), args.num_steps)
+        sample(switched(exact, exact, args.switch_t), noise(), steps, alphas_cumprod, on_step=watch)
     titles, *rows = zip(*columns)
     write_image(args.out, sheet(list(zip(("x_t", "image", "mask"), rows)), titles, classes))
     print(f"{len(titles)} steps, {sum(t.startswith('large') for t in titles)} of them by the large network; picture: {args.out}")

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 import torchvision
 
-from datasets import NO_DEFECT, has_bf16, open_dataset, overlay, pick_device, read_json, run_main, sheet, write_atomically, write_image, write_json
+from datasets import (NO_DEFECT, has_bf16, open_dataset, overlay, pick_device, read_json, run_main, sheet, write_atomically,
+                      write_image, write_json)
 from inspect_rules import STANDARDS, judge, load_standard, recall_fpr, verdict
 from segment import ARCHS, build, confusion_matrix, fit, miou, predict
 
@@ -34,7 +35,7 @@ class Setting:
         self.config = read_json(self.run / "large" / "config.json")
         self.size, self.classes = tuple(self.config["size"]), tuple(self.config["classes"])
         self.device = pick_device(args.device)
-        self.bf16 = has_bf16(self.device)
+        self.bf16 = self.device.type == "cuda" and has_bf16(self.device)      # on CPUs autocast slows the segmenters
         self.data, self.object = args.data or self.config["data"], self.config["object"]
         self.train, self.test = self.open(self.config["split"]), self.open(args.split)
         shared = {s.name for s in self.train.samples} & {s.name for s in self.test.samples}
@@ -42,7 +43,8 @@ class Setting:
             raise ValueError(f"--split {args.split} shares {len(shared)} images with the training split {self.config['split']} "
                              f"({sorted(shared)[0]}, ...); scores on training images prove nothing, choose another split")
         if self.train.classes != self.classes:
-            raise ValueError(f"{self.data} has the classes {', '.join(self.train.classes)}, but {self.run} was trained with {', '.join(self.classes)}")
+            raise ValueError(f"{self.data} has the classes {', '.join(self.train.classes)}, but {self.run} was trained with "
+                             f"{', '.join(self.classes)}")
         if args.quick:
             self.test = self.test.subset(range(0, len(self.test), max(1, len(self.test) // 8)))
         samples = self.run / "samples"
@@ -62,7 +64,7 @@ class Setting:
 # --- generation ---
 
 def nearest(images, others):
-    """For each of images (N, C, H, W) the index of, and root mean square distance (in grey levels) to, its nearest in others."""
+    """For each of images (N, C, H, W): index of its nearest in others, and their root mean square distance in grey levels."""
     distance = torch.cdist(images.flatten(1).float(), others.flatten(1).float()) / math.sqrt(images[0].numel())
     return distance.min(1).indices.tolist(), distance.min(1).values.tolist()
 
@@ -72,13 +74,14 @@ def class_table(classes, named_masks):
     head = ["class"] + [f"{name}: {what}" for name in named_masks for what in ("% of pixels", "% of images")]
     rows, numbers = [], {}
     for k, name in enumerate(classes):
-        shares = [(100 * (m == k).double().mean().item(), 100 * (m == k).flatten(1).any(1).double().mean().item()) for m in named_masks.values()]
+        hits = [(m == k).flatten(1).double() for m in named_masks.values()]
+        shares = [(100 * hit.mean().item(), 100 * hit.amax(1).mean().item()) for hit in hits]
         rows.append([name] + [f"{value:.2f}" for pair in shares for value in pair])
         numbers[name] = {title: dict(pixels_percent=p, images_percent=i) for title, (p, i) in zip(named_masks, shares)}
     return {"head": head, "rows": rows}, numbers
 
 
-def generation(setting):
+def generation(setting, progress):
     """Generated beside real: pictures, nearest training images, and the share of each class."""
     defects = [i for i, s in enumerate(setting.train.samples) if s.kind not in NO_DEFECT]
     train = setting.train.subset(defects).tensors()
@@ -88,38 +91,42 @@ def generation(setting):
 
     index, to_training = nearest(drawn[0], train[0])
     _, held_out = nearest(test[0], train[0])
+    progress(f"nearest training image of {len(drawn[0])} generated and {len(test[0])} held-out images")
     show = range(0, len(drawn[0]), max(1, len(drawn[0]) // 8))[:8]
+    copies = [index[i] for i in show]
     rows = [("generated", [drawn[0][i] for i in show]), ("its mask", [overlay(drawn[0][i], drawn[1][i]) for i in show]),
-            ("nearest training", [train[0][index[i]] for i in show]), ("its mask", [overlay(train[0][index[i]], train[1][index[i]]) for i in show])]
-    real = [(name, [overlay(image, mask) for image, mask in zip(images[::step], masks[::step])][:8])
-            for name, (images, masks) in (("training", train), ("held out", test)) for step in [max(1, len(images) // 8)]]
+            ("nearest training", [train[0][i] for i in copies]), ("its mask", [overlay(train[0][i], train[1][i]) for i in copies])]
+    real = [(name, [overlay(images[i], masks[i]) for i in range(0, len(images), max(1, len(images) // 8))][:8])
+            for name, (images, masks) in (("training", train), ("held out", test))]
     empty = (drawn[1] == 0).flatten(1).all(1).double().mean().item()
     distances = {"generated": statistics.median(to_training), "held out": statistics.median(held_out)}
     return {
         "title": "Generation",
         "text": [f"{len(drawn[0])} generated pairs, {len(train[0])} training and {len(test[0])} held-out images with defects.",
-                 f"Median distance to the nearest training image (root mean square, grey levels of 255): generated {distances['generated']:.1f}, "
-                 f"held-out real images {distances['held out']:.1f}. A copy has 0; much below the held-out value means that training images are repeated.",
+                 "Median distance to the nearest training image (root mean square, grey levels of 255): "
+                 f"generated {distances['generated']:.1f}, held-out real images {distances['held out']:.1f}. "
+                 "A copy has 0; much below the held-out value means that training images are repeated.",
                  f"{100 * empty:.0f} % of the generated pairs have an empty mask."],
         "tables": [{"caption": "Share of each class, images with defects", **table}],
-        "figures": [setting.figure("nearest.png", sheet(rows, classes=setting.classes), "Generated pairs and the training image nearest to each"),
+        "figures": [setting.figure("nearest.png", sheet(rows, classes=setting.classes), "Generated pairs, and the training image "
+                                                                                        "nearest to each"),
                     setting.figure("real.png", sheet(real, classes=setting.classes), "Real images with their masks")],
-        "numbers": {"classes": shares, "empty_share": empty, "median_distance_to_training": distances, "generated": len(drawn[0]),
-                    "training": len(train[0]), "held_out": len(test[0])}}
+        "numbers": {"classes": shares, "empty_share": empty, "median_distance_to_training": distances,
+                    "generated": len(drawn[0]), "training": len(train[0]), "held_out": len(test[0])}}
 
 
 # --- segmentation ---
 
 def mean_spread(values):
-    """'51.2 ± 0.8' of fractions as percentages; the spread is the sample standard deviation over seeds. NaN: no defect was scored."""
+    """'51.2 ± 0.8': mean of fractions in percent, and their sample standard deviation over seeds."""
     values = [100 * v for v in values]
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def train_and_predict(setting, arch, images, masks, num_classes, seed, progress):
+def train_and_predict(setting, arch, images, masks, num_classes, seed):
+    """Masks that a segmenter trained on (images, masks) predicts for the scoring images."""
     net = build(arch, num_classes, seed).to(setting.device)
     fit(net, images, masks, setting.args.steps, seed=seed, bf16=setting.bf16)
-    progress(f"{arch}, seed {seed}")
     return predict(net, setting.test.tensors()[0], bf16=setting.bf16)
 
 
@@ -128,89 +135,97 @@ def segmentation(setting, progress):
     real, drawn, (images, target) = setting.train.tensors(), setting.generated.tensors(), setting.test.tensors()
     count = min(len(real[0]), len(drawn[0]))                        # 1:1, near the best ratio in the paper's ablation
     pools = {"real": real, "real + generated": [torch.cat([r, d[:count]]) for r, d in zip(real, drawn)]}
-    rows, numbers, per_class, shown = [], {}, [], {}
+    seeds, num_classes = range(setting.args.seeds), len(setting.classes)
+    rows, per_class, numbers, shown = [], [], {}, {}
     for arch in ARCHS:
         numbers[arch] = {}
-        for pool, (pool_images, pool_masks) in pools.items():
-            scores = []
-            for seed in range(setting.args.seeds):
-                pred = train_and_predict(setting, arch, pool_images, pool_masks, len(setting.classes), seed, lambda s: progress(f"{pool}: {s}"))
-                scores.append(miou(confusion_matrix(pred, target, len(setting.classes))))
-            shown[arch, pool] = pred
-            numbers[arch][pool] = scores
-            iou = [[s["iou"][k] for s in scores] for k in range(len(setting.classes))]
-            per_class.append([arch, pool] + ["–" if math.isnan(v[0]) else mean_spread(v) for v in iou])
-        without, with_ = ([s["miou"] for s in numbers[arch][pool]] for pool in pools)
-        rows.append([arch, mean_spread(without), mean_spread(with_), mean_spread([b - a for a, b in zip(without, with_)]),
-                     *(mean_spread([s["miou_with_background"] for s in numbers[arch][pool]]) for pool in pools)])
+        for pool, pairs in pools.items():
+            scores = numbers[arch][pool] = []
+            for seed in seeds:
+                shown[arch, pool] = train_and_predict(setting, arch, *pairs, num_classes, seed)
+                scores.append(miou(confusion_matrix(shown[arch, pool], target, num_classes)))
+                progress(f"{arch}, {pool}, seed {seed}: mIoU {100 * scores[-1]['miou']:.1f} %")
+            iou = [[score["iou"][k] for score in scores] for k in range(num_classes)]
+            per_class.append([arch, pool] + ["–" if math.isnan(values[0]) else mean_spread(values) for values in iou])
+        without, with_ = ([score["miou"] for score in numbers[arch][pool]] for pool in pools)
+        rows.append([arch, mean_spread(without), mean_spread(with_), mean_spread([b - a for a, b in zip(without, with_)])]
+                    + [mean_spread([score["miou_with_background"] for score in numbers[arch][pool]]) for pool in pools])
+
     absent = [setting.classes[k] for k in scores[0]["absent"]]
-    pick = [i for i, s in enumerate(setting.test.samples) if s.kind not in NO_DEFECT]
-    pick = pick[::max(1, len(pick) // 8)][:8]
-    pictures = [(setting.test.samples[i].kind, [images[i], overlay(images[i], target[i])] + [overlay(images[i], p[i]) for p in shown.values()])
-                for i in pick]
+    defects = [i for i, s in enumerate(setting.test.samples) if s.kind not in NO_DEFECT]
+    pictures = [(setting.test.samples[i].kind, [images[i]] + [overlay(images[i], m[i]) for m in (target, *shown.values())])
+                for i in defects[::max(1, len(defects) // 8)][:8]]
+    titles = ["image", "truth"] + [arch + (" +" if pool != "real" else "") for arch, pool in shown]
+    head = ["network", "real", "real + generated", "difference", "real, with background", "real + generated, with background"]
     return {
         "title": "Segmentation",
-        "text": [f"Trained on {len(real[0])} real images, with and without {count} generated pairs, {setting.args.steps} optimiser steps either way; "
-                 f"scored on {len(images)} real images. Mean ± standard deviation over {setting.args.seeds} seeds; no pretrained backbone.",
-                 "Difference is paired by seed."] + ([f"No pixel of {', '.join(absent)} in the scoring images: left out of the means."] if absent else []),
-        "tables": [{"caption": "mIoU in %", "head": ["network", "real", "real + generated", "difference", "real, with background",
-                                                     "real + generated, with background"], "rows": rows},
+        "text": [f"Trained on {len(real[0])} real images, without and with {count} generated pairs, {setting.args.steps} optimiser steps "
+                 f"of 8 images either way; scored on {len(images)} real images. No pretrained backbone.",
+                 f"Mean ± standard deviation over {len(seeds)} seeds; the difference is paired by seed. mIoU is over the defect classes, "
+                 "from one confusion matrix over all scoring images."]
+                + ([f"No pixel of {', '.join(absent)} in the scoring images: left out of the means."] if absent else []),
+        "tables": [{"caption": "mIoU in %", "head": head, "rows": rows},
                    {"caption": "IoU per class in %", "head": ["network", "trained on", *setting.classes], "rows": per_class}],
-        "figures": [setting.figure("segmentation.png", sheet(pictures, ["image", "truth"] + [f"{a} {'+' if '+' in p else ''}" for a, p in shown],
-                                                             setting.classes), "Predictions of the last seed; + is real + generated")],
+        "figures": [setting.figure("segmentation.png", sheet(pictures, titles, setting.classes),
+                                   "Predictions of the last seed; + was trained on real + generated")],
         "numbers": numbers}
 
 
 # --- inspection ---
 
 def inspection(setting, progress):
-    """Recall and false positive rate of verdicts: a segmenter trained on the original annotation, and one on the spectrum annotation."""
+    """Recall and false positive rate of verdicts: segmenters trained on the original and on the spectrum annotation."""
     name = setting.args.standard or setting.test.name.split(":")[-1]
     if name not in STANDARDS and not Path(name).is_file():
-        return {"title": "Inspection", "text": [f"Not run: there is no standard for {name}. Write one (README, 'Verdicts') and pass --standard FILE."],
-                "tables": [], "figures": [], "numbers": {}}
+        return {"title": "Inspection", "tables": [], "figures": [], "numbers": {},
+                "text": [f"Not run: there is no standard for {name}. Write one (README, 'Verdicts') and pass --standard FILE."]}
     standard = load_standard(name, setting.classes)
     names = [s.name for s in setting.test.samples]
-    native = [setting.test.read(i)[1].numpy() for i in range(len(names))]
-    truth = [verdict(judge(mask, standard, setting.classes, image)) for mask, image in zip(native, names)]
-    progress("truth from masks at native size")
+    truth = [verdict(judge(setting.test.read(i)[1].numpy(), standard, setting.classes, image)) for i, image in enumerate(names)]
+    progress(f"truth from masks at native size: {truth.count('reject')} of {len(truth)} are to be rejected")
 
     images, masks = setting.train.tensors()
     drawn = str(setting.data).startswith("drawn:")
-    original = setting.open(setting.config["split"], "original").tensors()[1] if drawn else (masks > 0).to(torch.uint8)
-    ways = {"original": (original, lambda mask, image: "reject" if mask.any() else "accept"),
-            "spectrum": (masks, lambda mask, image: verdict(judge(mask.numpy(), standard, setting.classes, image)))}
+    coarse = setting.open(setting.config["split"], "original").tensors()[1] if drawn else (masks > 0).to(torch.uint8)
+    ways = {"original": (coarse, 2, lambda mask, image: "reject" if mask.any() else "accept"),
+            "spectrum": (masks, len(setting.classes), lambda mask, image: verdict(judge(mask.numpy(), standard, setting.classes, image)))}
     rows, numbers = [], {}
-    for way, (annotation, decide) in ways.items():
-        results = []
+    for way, (annotation, num_classes, decide) in ways.items():
+        results = numbers[way] = []
         for seed in range(setting.args.seeds):
-            pred = train_and_predict(setting, "deeplabv3+", images, annotation, 2 if way == "original" else len(setting.classes), seed,
-                                     lambda s: progress(f"{way} annotation: {s}"))
+            pred = train_and_predict(setting, "deeplabv3+", images, annotation, num_classes, seed)
             results.append(recall_fpr(truth, [decide(mask, image) for mask, image in zip(pred, names)]))
-        numbers[way] = results
-        rates = [[r[rate] for r in results] for rate in ("recall", "fpr")]
+            progress(f"{way} annotation, seed {seed}")
+        rates = [[result[rate] for result in results] for rate in ("recall", "fpr")]
         rows.append([way] + ["–" if None in values else mean_spread(values) for values in rates]
-                    + [" / ".join(str(r[key]) for r in results) for key in ("tp", "fn", "fp", "tn")])
-    h, w = standard.native_size
+                    + [" / ".join(str(result[key]) for result in results) for key in ("tp", "fn", "fp", "tn")])
+    native, (h, w) = math.prod(standard.native_size), setting.size
     return {
         "title": "Inspection",
-        "text": [f"Standard: {'; '.join(rule.name for rule in standard.rules)}; any other defect: {standard.unnamed}. Truth: exact masks at native size, "
-                 f"{truth.count('reject')} of {len(truth)} scoring images are to be rejected.",
-                 "Original annotation: one binary mask per image" + (", coarse, the most conspicuous defect only" if drawn else ", all classes merged")
+        "text": [f"Standard: {'; '.join(rule.name for rule in standard.rules)}; any other defect: {standard.unnamed}. "
+                 f"Truth: exact masks at native size; {truth.count('reject')} of {len(truth)} scoring images are to be rejected.",
+                 "Original annotation: one binary mask per image, "
+                 + ("coarse, the most conspicuous defect only" if drawn else "all classes merged")
                  + "; any predicted defect rejects. Spectrum annotation: the standard decides.",
-                 f"Predictions are {setting.size[0]}x{setting.size[1]}: one pixel counts {h * w / math.prod(setting.size):.0f} native pixels, "
-                 "so limits below that cannot be met."],
-        "tables": [{"caption": f"Verdicts of DeepLabV3+, {setting.args.seeds} seeds", "head": ["annotation", "recall %", "false positive rate %", "tp", "fn", "fp", "tn"],
-                    "rows": rows}],
+                 f"Predictions are {h}x{w}: one of their pixels counts {native / (h * w):.0f} native ones; smaller limits cannot be met."],
+        "tables": [{"caption": f"Verdicts of DeepLabV3+, {setting.args.seeds} seeds", "rows": rows,
+                    "head": ["annotation", "recall %", "false positive rate %", "tp", "fn", "fp", "tn"]}],
         "figures": [], "numbers": numbers}
 
 
 # --- report ---
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
-table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}th,td{border-bottom:1px solid #8886;padding:.25rem .7rem;text-align:right}
-th:first-child,td:first-child{text-align:left}caption{text-align:left;font-weight:600}img{max-width:100%;image-rendering:pixelated}figure{margin:1rem 0}
-figcaption,.small{color:#888;font-size:.9em}@media(prefers-color-scheme:dark){body{color:#ddd;background:#181818}}"""
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
+table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto }
+th, td { border-bottom: 1px solid #8886; padding: .25rem .7rem; text-align: right }
+th:first-child, td:first-child, caption { text-align: left }
+caption { font-weight: 600 }
+img { max-width: 100%; image-rendering: pixelated }
+figure { margin: 1rem 0 }
+figcaption, .small { color: #888; font-size: .9em }
+@media (prefers-color-scheme: dark) { body { color: #ddd; background: #181818 } }
+"""
 
 
 def html_table(table):
@@ -221,8 +236,9 @@ def html_table(table):
 
 def write_report(run, metrics):
     """One self-contained page: settings, then text, tables and pictures of every experiment in metrics."""
-    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>"
-             f"<title>Defect-Gen: {html.escape(run.name)}</title><style>{STYLE}</style><h1>Defect-Gen: {html.escape(run.name)}</h1>"]
+    title = f"Defect-Gen: {html.escape(run.name)}"
+    parts = ["<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>"
+             f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"]
     for result in metrics.values():
         settings = "; ".join(f"{k} {v}" for k, v in result["settings"].items())
         parts.append(f"<h2>{html.escape(result['title'])}</h2>" + "".join(f"<p>{html.escape(t)}</p>" for t in result["text"]))
@@ -273,12 +289,13 @@ def evaluate(args):
         def progress(text):
             print(f"{time.perf_counter() - start:6.0f} s  {text}", flush=True)
 
-        result = EXPERIMENTS[name](setting) if name == "generation" else EXPERIMENTS[name](setting, progress)
-        result["settings"] = {"data": setting.data, "training split": setting.config["split"], "scoring split": args.split, "size": setting.size,
-                              "segmenter steps": args.steps, "seeds": f"0 to {args.seeds - 1}", "time": f"{time.perf_counter() - start:.0f} s",
-                              "device": f"{setting.device} ({platform.machine()}, {torch.get_num_threads()} threads)", "torch": torch.__version__,
-                              "torchvision": torchvision.__version__, **({"quick": "the numbers mean nothing"} if args.quick else {})}
-        metrics = {key: value for key, value in {**metrics, name: result}.items()}
+        result = EXPERIMENTS[name](setting, progress)
+        result["settings"] = {
+            "data": setting.data, "training split": setting.config["split"], "scoring split": args.split, "size": setting.size,
+            "segmenter steps": args.steps, "seeds": f"0 to {args.seeds - 1}", "time": f"{time.perf_counter() - start:.0f} s",
+            "device": f"{setting.device} ({platform.machine()}, {torch.get_num_threads()} threads)", "torch": torch.__version__,
+            "torchvision": torchvision.__version__, **({"quick": "the numbers mean nothing"} if args.quick else {})}
+        metrics[name] = result
         write_json(path, metrics)                   # after each experiment: what is finished is kept
         write_report(setting.run, {key: metrics[key] for key in EXPERIMENTS if key in metrics})
         for text in result["text"]:

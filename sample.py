@@ -39,7 +39,8 @@ def parse_args(argv=None):
     parser.add_argument("--seeds", help="draw these instead: ranges and numbers, like 0-63 or 1,5,10-20")
     parser.add_argument("--num-steps", type=int, default=20, help="network calls per picture (default: %(default)s)")
     parser.add_argument("--sampler", default="dpm++", choices=["dpm++", "ddim", "ddpm"], help="default: %(default)s")
-    parser.add_argument("--spacing", default="logsnr", choices=["logsnr", "quadratic", "even"], help="of the timesteps (default: %(default)s)")
+    parser.add_argument("--spacing", default="logsnr", choices=["logsnr", "quadratic", "even"],
+                        help="of the timesteps (default: %(default)s)")
     parser.add_argument("--switch-t", type=int, default=SWITCH_T,
                         help="the large network owns t >= SWITCH_T; 0: large alone, 1000: small alone (default: %(default)s)")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="default: the size trained at")
@@ -58,8 +59,8 @@ def draw_pairs(args):
     size = tuple(args.size or generator.size)
     check_size(*size, depth=max(generator.large.depth, generator.small.depth))
     out = Path(args.out or Path(args.run) / "samples")
-    settings = dict(run=str(args.run), num_steps=args.num_steps, sampler=args.sampler, spacing=args.spacing, switch_t=args.switch_t, size=list(size),
-                    trained_steps=generator.trained_steps)
+    settings = dict(run=str(args.run), num_steps=args.num_steps, sampler=args.sampler, spacing=args.spacing,
+                    switch_t=args.switch_t, size=list(size), trained_steps=generator.trained_steps)
     if (out / "config.json").exists() and read_json(out / "config.json") != settings:
         raise ValueError(f"{out} holds pairs drawn with other settings (see its config.json); choose another --out or remove that folder")
     write_classes(out, generator.classes)

@@ -258,10 +258,13 @@ def load_backbone(net: Segmenter, file: str | Path) -> None:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
+        raise ValueError(f"{file} is no state dict written by torch.save") from error
+    try:
         # strict=False only to word the error ourselves. Dropping the dict's version also lets old files lack num_batches_tracked.
         missing, unexpected = net.backbone.load_state_dict(state, strict=False)
-    except (pickle.UnpicklingError, RuntimeError, AttributeError, EOFError) as error:
-        raise ValueError(f"{file} is no state dict that fits {type(net).__name__}'s backbone: {error}") from error
+    except RuntimeError as error:
+        raise ValueError(f"{file} does not fit {type(net).__name__}'s backbone: {' '.join(str(error).split())}") from error
     if missing or unexpected:
         raise ValueError(f"{file} does not fit {type(net).__name__}'s backbone: "
                          f"missing {', '.join(missing) or 'nothing'}; not wanted {', '.join(unexpected) or 'nothing'}")
@@ -435,7 +438,7 @@ def main():
           f"{args.data} at {args.size[0]}x{args.size[1]}: {len(train)} images to train on ({args.split}), "
           f"{len(test)} to score ({args.test_split})")
 
-    bf16 = has_bf16(device)
+    bf16 = device.type == "cuda" and has_bf16(device)      # on CPUs autocast was slower at 64 to 256 px (depthwise convolutions)
     fitted = fit(net, *train.tensors(), args.steps, args.batch_size, args.lr, args.seed, bf16, progress=True)
     images, target = test.tensors()
     pred = predict(net, images, bf16=bf16)

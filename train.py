@@ -26,8 +26,8 @@ from diffusion import q_sample, rng, sample, schedule, timesteps, to_x_start, tr
 from unet import LARGE, SMALL, UNet, check_size, count_parameters, receptive_field
 
 PRESETS = {
-    # 64x64 on two CPU cores in minutes: for the demo, the tests and teaching
-    "tiny": dict(size=(64, 64), steps=600, batch_size=8, lr=1e-3, weight_decay=0.0, ema=0.995, warmup=50, save_every=200,
+    # 64x64 on two CPU cores in minutes: demo, tests and teaching. fp32, for in so narrow networks casting costs more than bf16 saves
+    "tiny": dict(size=(64, 64), steps=600, batch_size=8, lr=1e-3, weight_decay=0.0, ema=0.995, warmup=50, save_every=200, bf16=False,
                  large=dict(channels=32, multipliers=(1, 2, 2, 4), num_res_blocks=1, attention_levels=(3,), middle=True),
                  small=dict(channels=32, multipliers=(1, 2), num_res_blocks=1, attention_levels=(), middle=False)),
     # the released configuration (its yaml files): 256x256, AdamW 1e-4, weight decay 0.002, batch 2, 160k steps, EMA 0.9999
@@ -76,7 +76,7 @@ def order(num_images, start, count, seed):
 
 
 def batches(dataset, first_step, steps, batch_size, seed, device):
-    """Yield (images, masks) on the device for each step. Small data are decoded once and kept there, larger ones are loaded by workers."""
+    """Yield (images, masks) on the device, step by step. Small data are decoded once and kept there, workers load larger ones."""
     def indices():
         for step in range(first_step, steps):
             yield order(len(dataset), step * batch_size, batch_size, seed)
@@ -88,8 +88,9 @@ def batches(dataset, first_step, steps, batch_size, seed, device):
         yield from ((images[index], masks[index]) for index in indices())
     else:
         print(f"data: {len(dataset)} images, {size / 2**30:.1f} GiB, loaded by worker processes")
-        loader = torch.utils.data.DataLoader(dataset, batch_sampler=list(indices()), num_workers=min(4, os.cpu_count()), pin_memory=device.type == "cuda")
-        yield from ((images.to(device, non_blocking=True), masks.to(device, non_blocking=True)) for images, masks in loader)
+        loader = torch.utils.data.DataLoader(dataset, batch_sampler=list(indices()), num_workers=min(4, os.cpu_count()),
+                                             pin_memory=device.type == "cuda")
+        yield from ([part.to(device, non_blocking=True) for part in batch] for batch in loader)
 
 
 # --- pictures while training ---
@@ -97,7 +98,7 @@ def batches(dataset, first_step, steps, batch_size, seed, device):
 def preview(net, stage, config, images, masks, device, alphas_cumprod):
     """A sheet of 8 samples of this stage's EMA weights, from fixed seeds.
 
-    The large stage draws from noise. The small one is only ever used below switch_t: it is shown denoising training images from there.
+    The large stage draws from noise. The small one is only ever used below switch_t: it denoises training images from there.
     """
     def denoise(x_t, t):
         with torch.autocast(device.type, torch.bfloat16, enabled=config["bf16"]):
@@ -131,16 +132,18 @@ def prepare(args):
     network = PRESETS[args.preset][args.stage]
     check_size(*args.size, depth=len(network["multipliers"]) - 1)
     bf16 = has_bf16(device) if args.bf16 is None else args.bf16
-    config = dict(vars(args), size=list(args.size), classes=list(dataset.classes), channels=dataset.channels, T=1000, schedule="cosine",
-                  bf16=bf16, device=str(device), num_images=len(dataset))
-    return dataset, device, network, {k: v for k, v in config.items() if k != "resume"}
+    config = dict(vars(args), size=list(args.size), classes=list(dataset.classes), channels=dataset.channels, T=1000,
+                  schedule="cosine", bf16=bf16, device=str(device), num_images=len(dataset))
+    del config["resume"]
+    return dataset, device, network, config
 
 
 def restore(folder, args, config, net, ema, optimizer):
-    """Load the newest checkpoint into the three; returns the step to go on from. Settings that shape the weights must be the same."""
+    """Load the newest checkpoint into the three and return its step. Settings that shape the weights must be the same."""
     checkpoint = load_stage(folder, args.stage)
     free = ("steps", "save_every", "device", "bf16", "out")
-    changed = [f"{k} was {checkpoint['config'][k]} and is {config[k]}" for k in config if k not in free and checkpoint["config"].get(k) != config[k]]
+    old = checkpoint["config"]
+    changed = [f"{k} was {old.get(k)} and is {config[k]}" for k in config if k not in free and old.get(k) != config[k]]
     if changed:
         raise ValueError(f"{folder}: cannot resume with other settings: {'; '.join(changed)}. Use the old ones, or another --out")
     net.load_state_dict(checkpoint["model"])
@@ -173,7 +176,8 @@ def train(args):
     alphas_cumprod = schedule(config["T"], config["schedule"])
 
     field = receptive_field(net)
-    print(f"{args.stage}: {count_parameters(net) / 1e6:.2f} M parameters, receptive field {'the whole image' if field == math.inf else f'{field} px'}, images {config['size'][0]}x{config['size'][1]}, "
+    print(f"{args.stage}: {count_parameters(net) / 1e6:.2f} M parameters, receptive field "
+          f"{'the whole image' if field == math.inf else f'{field} px'}, images {args.size[0]}x{args.size[1]}, "
           f"{len(dataset.classes)} classes, {device}, {'bf16' if config['bf16'] else 'fp32'}")
     if args.stage == "small" and field >= max(args.size):
         print(f"warning: the small network sees the whole image ({field} px): it can memorise it; use larger images", file=sys.stderr)
@@ -220,7 +224,8 @@ def train(args):
             now = time.perf_counter()
             rate = (done - last) * args.batch_size / (now - clock)
             clock, last = now, done
-            writer.writerow([done, f"{loss:.6f}", *(f"{s / c:.6f}" if c else "" for s, c in zip(sums, counts)), f"{lr:g}", f"{rate:.2f}"])
+            quarters = [f"{s / c:.6f}" if c else "" for s, c in zip(sums, counts)]
+            writer.writerow([done, f"{loss:.6f}", *quarters, f"{lr:g}", f"{rate:.2f}"])
             bar.update(done - bar.n)
             bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{rate:.1f}")
         if done % args.save_every == 0 or done == args.steps:
@@ -233,7 +238,8 @@ def train(args):
             clock = time.perf_counter()
     bar.close()
     log.close()
-    print(f"{args.stage} stage: {args.steps} steps, checkpoint {checkpoints(folder)[-1]}, picture {folder / f'samples_{args.steps:06d}.png'}")
+    print(f"{args.stage} stage: {args.steps} steps, checkpoint {checkpoints(folder)[-1]}, "
+          f"picture {folder / f'samples_{args.steps:06d}.png'}")
     other = STAGES[1 - STAGES.index(args.stage)]
     print("next: python sample.py --run " + args.out if checkpoints(Path(args.out) / other) else
           f"next: python train.py --stage {other} --data {args.data} --out {args.out}")
