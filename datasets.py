@@ -427,7 +427,7 @@ def run_main(main):
     """Run a command's main(); bad input ends it with one sentence on stderr and status 2 instead of a traceback."""
     try:
         status = main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
