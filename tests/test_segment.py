@@ -1,7 +1,8 @@
 """Claims about segment.py. CPU, no download; the comparison with transformers runs where that package is installed."""
+import itertools
 import json
-import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,10 @@ import torchvision
 
 import segment
 from datasets import write_classes, write_pair
-from segment import ARCHS, IGNORE, build, confusion_matrix, fit, miou, predict
+from drawn import draw
+from segment import ARCHS, IGNORE, build, confusion_matrix, fit, miou, mix, predict
+
+SMALL = {"mask2former": {"layers": 3, "pixel_layers": 1}}                                    # fewer layers of the same kind, for time
 
 
 def squares(n=4, size=48):
@@ -45,7 +49,7 @@ def test_logits_have_the_size_of_the_image(arch, shape):
 
 
 @pytest.mark.parametrize("arch, options, millions", [("deeplabv3+", {}, 12.3), ("deeplabv3+", {"backbone": "resnet50"}, 26.7),
-                                                     ("segformer", {}, 3.7)])
+                                                     ("segformer", {}, 3.7), ("mask2former", {}, 28.7)])
 def test_parameter_counts_are_those_of_the_published_networks(arch, options, millions):
     assert sum(p.numel() for p in build(arch, 5, **options).parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
 
@@ -80,48 +84,198 @@ def test_attention_without_reduction_is_the_plain_formula():
     torch.testing.assert_close(attention(x), attention.out(torch.cat(heads, dim=-1)).reshape(2, 4, 5, 12))
 
 
-HF_NAMES = [(r"^segformer\.(encoder\.)?", "backbone."), (r"^decode_head\.", ""),
-            (r"\.(patch_embeddings|layer_norm)\.(\d)\.", r".stages.\2.\1."), (r"\.block\.(\d)\.", r".stages.\1.blocks."),
-            (r"patch_embeddings\.layer_norm", "0.norm"), (r"patch_embeddings", "0"),
-            (r"blocks\.0", "1"), (r"blocks\.1", "2"), (r"(stages\.\d)\.layer_norm", r"\1.3"),
-            (r"layernorm_before|layer_norm_1", "norm1"), (r"layernorm_after|layer_norm_2", "norm2"),
-            (r"attention\.self\.", "attention."), (r"query|q_proj", "q"), (r"key|k_proj", "k"), (r"value|v_proj", "v"),
-            (r"output\.dense|o_proj", "out"), (r"sequence_reduction\.layer_norm|attention\.layer_norm", "attention.reduce.norm"),
-            (r"attention\.attention", "attention"), (r"sequence_reduction\.sequence_reduction|attention\.sr", "attention.reduce.proj"),
-            (r"attention\.attention", "attention"), (r"mlp\.dwconv", "ffn"), (r"mlp\.(dense|fc)", "ffn.fc"),
-            (r"^linear_(c|projections)\.(\d)\.proj", r"linears.\2"), (r"^linear_fuse", "fuse.0"), (r"^batch_norm", "fuse.1")]
+def test_deformable_attention_equals_a_loop_over_its_formula():
+    rng = torch.Generator().manual_seed(0)
+    B, N, heads, C, points, sizes = 2, 3, 2, 4, 2, [(2, 3), (4, 5)]
+    value = torch.randn(B, sum(h * w for h, w in sizes), heads, C, generator=rng)
+    places = 1.4 * torch.rand(B, N, heads, len(sizes), points, 2, generator=rng) - 0.2         # some outside
+    weights = torch.rand(B, N, heads, len(sizes), points, generator=rng)
+    expected = torch.zeros(B, N, heads, C)
+    for b, n, head, p in itertools.product(range(B), range(N), range(heads), range(points)):
+        start = 0
+        for i, (h, w) in enumerate(sizes):
+            x, y = (places[b, n, head, i, p] * torch.tensor([w, h]) - 0.5).tolist()
+            for row, column in itertools.product(range(h), range(w)):                          # bilinear: a tent around each pixel
+                tent = max(0, 1 - abs(x - column)) * max(0, 1 - abs(y - row))
+                expected[b, n, head] += weights[b, n, head, i, p] * tent * value[b, start + row * w + column, head]
+            start += h * w
+    torch.testing.assert_close(segment.deformable_attention(value, places, weights, sizes), expected.flatten(2))
 
 
-def test_segformer_equals_transformers_with_the_same_weights():
-    """Names of transformers 4 (those of the published files) and 5 are both understood."""
-    transformers = pytest.importorskip("transformers")
+def test_a_new_deformable_layer_looks_one_to_four_pixels_along_a_direction_per_head(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(segment, "deformable_attention", lambda value, places, weights, sizes: seen.update(p=places, w=weights) or value.flatten(2))
+    x, sizes = torch.rand(1, 21, 16), [(1, 1), (2, 2), (4, 4)]
+    centre = torch.full((21, 2), 0.5)
+    segment.DeformableLayer(16)(x, x, centre, sizes)
+    offsets = (seen["p"] - 0.5)[0, 0] * torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1)            # (heads, maps, points, 2), in pixels
+    torch.testing.assert_close(offsets.abs().amax(-1), torch.arange(1.0, 5).expand(8, 3, 4))
+    torch.testing.assert_close(offsets[0, 0], torch.tensor([[1.0, 0], [2, 0], [3, 0], [4, 0]]))
+    torch.testing.assert_close(seen["w"], torch.full_like(seen["w"], 1 / 12))
+
+
+@pytest.mark.parametrize("rows, columns", list(itertools.product(range(5), range(1, 6))))
+def test_assignment_is_as_cheap_as_the_best_of_all(rows, columns):
+    random = np.random.default_rng(rows * 10 + columns)
+    for trial in range(20):
+        cost = random.normal(size=(rows, columns)) if trial % 2 else random.integers(-2, 3, (rows, columns)).astype(float)   # ties
+        r, c = segment.assign(cost)
+        assert len(r) == len(c) == min(rows, columns) == len(set(r.tolist())) == len(set(c.tolist()))
+        wide = cost if rows <= columns else cost.T
+        best = min(sum(wide[i, j] for i, j in enumerate(order)) for order in itertools.permutations(range(wide.shape[1]), len(wide)))
+        assert cost[r, c].sum() == pytest.approx(best)
+
+
+def test_masked_attention_sees_what_a_query_claims_and_everything_if_that_is_nothing():
+    masks = torch.full((1, 2, 4, 4), -1.0)
+    masks[0, 0, :2, :2] = 1
+    seen = segment.claimed(masks, (2, 2))
+    assert seen.tolist() == [[[[True, False, False, False], [True] * 4]]]
+    x, q = torch.randn(1, 4, 8), torch.randn(1, 2, 8)
+    out = segment.attend(q, x, x, 2, seen)
+    torch.testing.assert_close(out[0, 0], x[0, 0])                                             # one pixel seen: its value
+    torch.testing.assert_close(out[0, 1], segment.attend(q, x, x, 2)[0, 1])
+
+
+def test_points_are_pixel_centres_that_count_and_are_read_there():
+    rng = torch.Generator().manual_seed(0)
+    target = torch.randint(0, 3, (2, 6, 9), generator=rng)
+    target[0, :, 4:] = IGNORE
     torch.manual_seed(0)
-    theirs = randomised(transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(num_labels=5)))
-    state = {}
-    for name, value in theirs.state_dict().items():
-        for pattern, ours in HF_NAMES:
-            name = re.sub(pattern, ours, name)
-        state[name] = value
-    net = build("segformer", 5).eval()
-    net.load_state_dict(state)
+    places, classes = segment.draw_points(target, 500)
+    assert IGNORE not in classes
+    torch.testing.assert_close(segment.read_points(target[:, None].float(), places)[:, 0], classes.float())
+    for i, area in enumerate((6 * 4, 6 * 9)):                                                  # every pixel that counts, about as often
+        count = torch.unique(places[i], dim=0, return_counts=True)[1]
+        assert len(count) == area and count.max() < 4 * 500 / area
+    assert (segment.draw_points(torch.full((1, 2, 2), IGNORE), 5)[1] == IGNORE).all()
+
+
+def test_score_is_class_chance_times_mask_summed_over_queries():
+    net, x = randomised(build("mask2former", 3, **SMALL["mask2former"])), torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        classes, masks = (p[-1, 0] for p in net.predictions(x))
+        expected = torch.zeros(3, 64, 96)
+        for q in range(len(masks)):
+            chance = F.interpolate(masks[None, q:q + 1], size=(64, 96), mode="bilinear")[0, 0].sigmoid()
+            for k in range(3):
+                expected[k] += classes[q].softmax(0)[k] * chance
+        torch.testing.assert_close(net(x)[0], expected)
+
+
+def test_perfect_queries_cost_nothing_and_swapped_classes_do(monkeypatch):
+    """Three queries that know the truth: the loss is 0 but for the smoothing of Dice; the matching finds them in any order."""
+    net, target = build("mask2former", 3, **SMALL["mask2former"]), squares(2)[1].long()
+    target = F.pad(target, (0, 16, 0, 16), value=IGNORE)
+    masks = torch.stack([(target == k) * 40.0 - 20 for k in (2, 0, 1)], dim=1)[None]           # logits (L = 1, B, Q = 3, H, W)
+    classes = torch.full((1, 2, 3, 4), -20.0)
+    for query, k in enumerate((2, 0, 1)):
+        classes[:, 0, query, k] = 20
+        classes[:, 1, query, k if k == 0 else 3] = 20                                          # the second image holds background alone
+    monkeypatch.setattr(net, "predictions", lambda x: (classes, masks))
+    x = torch.rand(2, 3, 64, 64)
+    assert net.loss(x, target).item() < 1e-3
+    target[0] = torch.where(target[0] == 1, 2, torch.where(target[0] == 2, 1, target[0]))
+    assert net.loss(x, target).item() > 5
+
+
+def their_weights(names, seed=0):
+    """Our SegFormer with random weights, and the same weights under a list of other names."""
+    net = randomised(build("segformer", 5, seed), seed)
+    state = net.state_dict()
+    ours = {name: list(net.our_names({name: torch.zeros(2)})) for name in names}
+    return net, {name: torch.cat([state[part] for part in parts]) if parts[1:] else state[parts[0]] for name, parts in ours.items()}
+
+
+def names_of(naming):
+    """All tensors of the published files: Hugging Face as transformers 4 writes them, or the original release."""
+    block = {"hugging face": ["layer_norm_1", "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
+                              "layer_norm_2", "mlp.dense1", "mlp.dwconv.dwconv", "mlp.dense2", "attention.self.sr", "attention.self.layer_norm"],
+             "original": ["norm1", "attn.q", "attn.kv", "attn.proj", "norm2", "mlp.fc1", "mlp.dwconv.dwconv", "mlp.fc2", "attn.sr", "attn.norm"]}
+    names = []
+    for i in range(4):
+        layers = block[naming] if i < 3 else block[naming][:-2]                                # the last stage does not reduce
+        if naming == "hugging face":
+            names += [f"segformer.encoder.{name}" for name in (f"patch_embeddings.{i}.proj", f"patch_embeddings.{i}.layer_norm", f"layer_norm.{i}")]
+            names += [f"segformer.encoder.block.{i}.{j}.{layer}" for j in range(2) for layer in layers]
+        else:
+            names += [f"patch_embed{i + 1}.proj", f"patch_embed{i + 1}.norm", f"norm{i + 1}"]
+            names += [f"block{i + 1}.{j}.{layer}" for j in range(2) for layer in layers]
+    return [f"{name}.{kind}" for name in names for kind in ("weight", "bias")]
+
+
+HF_HEAD = [f"decode_head.{name}" for name in (
+    *(f"linear_c.{i}.proj.{kind}" for i in range(4) for kind in ("weight", "bias")), "linear_fuse.weight", "batch_norm.weight", "batch_norm.bias",
+    "batch_norm.running_mean", "batch_norm.running_var", "batch_norm.num_batches_tracked", "classifier.weight", "classifier.bias")]
+
+
+@pytest.mark.parametrize("naming, prefix", [("hugging face", "segformer."), ("hugging face", ""), ("original", "")])
+def test_published_segformer_names_are_ours(naming, prefix, tmp_path):
+    source, state = their_weights(names_of(naming))
+    state = {name.replace("segformer.", prefix): value for name, value in state.items()}
+    torch.save({**state, "head.weight": torch.zeros(1000, 256), "classifier.bias": torch.zeros(1000)}, tmp_path / "mit.pth")
+    net = build("segformer", 5, seed=9)
+    assert segment.load_backbone(net, tmp_path / "mit.pth") == f"{tmp_path / 'mit.pth'}, backbone only"
+    assert all(torch.equal(value, net.backbone.state_dict()[name]) for name, value in source.backbone.state_dict().items())
+
+
+def test_a_whole_segformer_brings_its_head_where_the_classes_are_as_many(tmp_path):
+    source, state = their_weights(names_of("hugging face") + HF_HEAD)
+    torch.save(state, tmp_path / "b0.bin")
+    net, other = build("segformer", 5, seed=9), build("segformer", 4, seed=9)
+    assert segment.load_backbone(net, tmp_path / "b0.bin").endswith("b0.bin, backbone and head")
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in source.state_dict().items())
+    assert segment.load_backbone(other, tmp_path / "b0.bin").endswith("backbone only, its head is for other classes")
+    assert torch.equal(other.backbone.stages[3][3].weight, source.backbone.stages[3][3].weight)
+    torch.save({name: value for name, value in state.items() if "block.1.0.mlp.dense1" not in name} | {"neck": torch.zeros(1)}, tmp_path / "bad.bin")
+    with pytest.raises(ValueError, match=r"missing backbone.stages.1.1.ffn.fc1.bias, backbone.stages.1.1.ffn.fc1.weight; not wanted backbone.neck;"):
+        segment.load_backbone(net, tmp_path / "bad.bin")
+
+
+GOLDEN = [1.303866, 1.219513, -0.805816, 0.514631, -0.240069, -1.167645, -0.777376, -0.715449, -0.872004]
+
+
+def test_segformer_logits_are_those_transformers_computed_once():
+    """Weights of their_weights, image below, transformers 5.23: logits [0, :, 3, 5] and [0, 2, ::4, 7]."""
+    x = torch.linspace(-2, 2, 3 * 64 * 96).sin().view(1, 3, 64, 96)
+    with torch.no_grad():
+        logits = their_weights([])[0].logits(x)
+    torch.testing.assert_close(torch.cat([logits[0, :, 3, 5], logits[0, 2, ::4, 7]]), torch.tensor(GOLDEN), atol=1e-5, rtol=1e-5)
+
+
+def test_segformer_equals_transformers_with_the_same_weights(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(num_labels=5)).eval()
+    theirs.load_state_dict(their_weights(theirs.state_dict())[1])
+    torch.save(theirs.state_dict(), tmp_path / "b0.bin")
+    net = build("segformer", 5, seed=9).eval()
+    assert segment.load_backbone(net, tmp_path / "b0.bin").endswith("backbone and head")
     x = torch.rand(2, 3, 64, 96)
     with torch.no_grad():
         expected, got = theirs(pixel_values=x).logits, net.logits(x)
-    difference = ((got - expected).abs().max() / expected.std()).item()
-    print(f"largest difference {difference:.1e} of the logits' standard deviation, {expected.std():.3g}")
-    assert difference < 1e-5
+    assert ((got - expected).abs().max() / expected.std()).item() < 1e-5
 
 
 # --- training ---
 
-@pytest.mark.parametrize("arch, steps", [("deeplabv3+", 70), ("segformer", 80)])
-def test_four_images_are_learned_and_predictions_do_not_depend_on_the_batch(arch, steps):
-    images, masks = squares()
-    net = build(arch, 3)
+def blobs():
+    """Four 64x64 windows of drawn pills, each filled by one defect: two colour stains (class 1), two contaminations (2)."""
+    pairs = []
+    for index, size in ((119, 640), (126, 640), (85, 320), (57, 320)):
+        image, mask, *_ = draw("pill", 0, index, (size, size))
+        y, x = (round(where.mean()) - 32 for where in np.nonzero(mask))
+        pairs.append((image[y:y + 64, x:x + 64].transpose(2, 0, 1), mask[y:y + 64, x:x + 64]))
+    return tuple(torch.from_numpy(np.stack(part)) for part in zip(*pairs))
+
+
+@pytest.mark.parametrize("arch, steps, lr", [("deeplabv3+", 110, 1e-3), ("segformer", 110, 1e-3), ("mask2former", 100, 5e-4)])
+def test_four_images_are_learned_and_predictions_do_not_depend_on_the_batch(arch, steps, lr):
+    images, masks = blobs()
+    net = build(arch, 3, **SMALL.get(arch, {}))
     untrained = miou(confusion_matrix(predict(net, images), masks, 3))["miou"]
-    losses = fit(net, images, masks, steps, batch_size=4, lr=1e-3)["losses"]
+    losses = fit(net, images, masks, steps, batch_size=4, lr=lr)["losses"]
     pred = predict(net, images)
-    assert untrained < 0.3 and len(losses) == steps and losses[-1] < losses[0] / 3
+    assert untrained < 0.4 and len(losses) == steps and losses[-1] < losses[0] / 3
     assert miou(confusion_matrix(pred, masks, 3))["miou"] > 0.95
     assert torch.equal(pred, torch.cat([predict(net, image[None]) for image in images]))
     assert torch.equal(pred[1:], predict(net, images[1:], batch_size=2))
@@ -132,7 +286,7 @@ def test_same_seed_same_weights_and_the_global_stream_is_left_alone(arch):
     images, masks = squares(size=32)
 
     def trained(seed):
-        net = build(arch, 3, seed=0)
+        net = build(arch, 3, seed=0, **SMALL.get(arch, {}))
         fit(net, images, masks, 2, batch_size=2, seed=seed)
         return torch.cat([p.flatten() for p in net.parameters()]).detach()
 
@@ -187,6 +341,55 @@ def test_augmentation_moves_image_and_mask_together_and_invents_no_class():
     assert seen == {0, 1, 2, IGNORE}
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_background_alone_and_nothing_but_ignored_pixels_give_a_finite_loss(arch):
+    net, x = build(arch, 3, **SMALL.get(arch, {})), torch.rand(2, 3, 40, 56)
+    assert torch.isfinite(net.loss(x, torch.zeros(2, 40, 56, dtype=torch.int64)))
+    nothing = net.loss(x, torch.full((2, 40, 56), IGNORE))
+    nothing.backward()
+    assert nothing.item() == 0 and all(p.grad is None or not p.grad.any() for p in net.parameters())
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_an_ignored_image_has_no_say(arch):
+    """A second image of nothing but IGNORE leaves the loss as it is."""
+    net, x = build(arch, 3, **SMALL.get(arch, {})).eval(), torch.rand(2, 3, 64, 64)
+    target = torch.randint(0, 3, (2, 64, 64), generator=torch.Generator().manual_seed(0))
+    target[1] = IGNORE
+    both, alone = [], []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        both.append(net.loss(x, target).item())
+        torch.manual_seed(seed)
+        alone.append(net.loss(x[:1], target[:1]).item())
+    assert both == pytest.approx(alone, rel=0.02)                                              # points are drawn anew
+
+
+def test_a_class_never_trained_on_scores_zero():
+    images, masks = squares(3, 32)
+    net = build("segformer", 4)
+    fit(net, images, masks, 15, batch_size=2)
+    masks[0, :8] = 3
+    score = miou(confusion_matrix(predict(net, images), masks, 4))
+    assert score["iou"][3] == 0 and score["absent"] == []
+
+
+def test_the_ratio_is_of_the_pool_and_larger_ones_add_to_smaller():
+    real = (torch.zeros(5, 3, 4, 4), torch.zeros(5, 4, 4))
+    synthetic = (torch.arange(1, 13.0).view(12, 1, 1, 1).expand(12, 3, 4, 4), torch.arange(1, 13.0).view(12, 1, 1).expand(12, 4, 4))
+    drawn = {}
+    for ratio, count in ((0, 0), (0.5, 2), (1, 5), (2.4, 12)):
+        images, masks = mix(real, synthetic, ratio, seed=3)
+        assert len(images) == len(masks) == 5 + count and torch.equal(images[:, 0, 0, 0], masks[:, 0, 0]) and not images[:5].any()
+        drawn[ratio] = set(masks[5:, 0, 0].tolist())
+        assert len(drawn[ratio]) == count
+    assert drawn[0.5] < drawn[1] < drawn[2.4] and drawn[1] != set(mix(real, synthetic, 1, seed=4)[1][5:, 0, 0].tolist())
+    with pytest.raises(ValueError, match="3 synthetic pairs per real one are 15 for 5 real ones, but there are 12: generate more"):
+        mix(real, synthetic, 3)
+    with pytest.raises(ValueError, match=r"real images are \(3, 4, 4\) and synthetic ones \(3, 8, 8\)"):
+        mix(real, (torch.zeros(9, 3, 8, 8), torch.zeros(9, 8, 8)), 1)
+
+
 def test_ignored_pixels_do_not_change_the_loss_even_if_all_are():
     net = build("segformer", 3).eval()
     x = torch.rand(1, 3, 32, 32)
@@ -234,7 +437,7 @@ def test_a_class_absent_from_the_target_is_left_out_and_named():
 
 def test_bad_input_is_answered_with_a_sentence(tmp_path):
     images, masks = squares(2, 32)
-    with pytest.raises(ValueError, match=r"no architecture 'unet': choose one of deeplabv3\+, segformer"):
+    with pytest.raises(ValueError, match=r"no architecture 'unet': choose one of deeplabv3\+, segformer, mask2former"):
         build("unet", 3)
     with pytest.raises(ValueError, match="no backbone 'vgg'"):
         build("deeplabv3+", 3, backbone="vgg")
@@ -246,10 +449,16 @@ def test_bad_input_is_answered_with_a_sentence(tmp_path):
         fit(build("segformer", 3), images, masks, 0)
     with pytest.raises(ValueError, match="1 or 3"):
         predict(build("segformer", 3), torch.zeros(1, 4, 32, 32, dtype=torch.uint8))
-    with pytest.raises(FloatingPointError, match=r"at step 0 of 3 with lr 0.001: try a smaller lr"):
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at step 0 of 3 with lr 0.001: try a smaller lr"):
         net = build("segformer", 3)
         net.classifier.bias.data.fill_(float("nan"))
         fit(net, images, masks, 3)
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at step [12] of 3 with lr 1e\+20"):
+        fit(build("segformer", 3), images, masks, 3, batch_size=1, lr=1e20)
+    with pytest.raises(FloatingPointError, match="at step 0 of 1 with lr 0.0003"):
+        net = build("mask2former", 3, **SMALL["mask2former"])
+        net.queries.data.fill_(float("nan"))
+        fit(net, images, masks, 1)
 
 
 def test_backbone_weights_come_from_torchvision_files_and_wrong_ones_are_named(tmp_path):
@@ -259,16 +468,31 @@ def test_backbone_weights_come_from_torchvision_files_and_wrong_ones_are_named(t
     assert torch.equal(net.backbone.layer4[1].conv2.weight, resnet.layer4[1].conv2.weight)
     bad = {"conv2.weight" if key == "conv1.weight" else key: value for key, value in resnet.state_dict().items()}
     torch.save(bad, tmp_path / "bad.pth")
-    with pytest.raises(ValueError, match="missing conv1.weight; not wanted conv2.weight"):
+    with pytest.raises(ValueError, match="missing backbone.conv1.weight; not wanted backbone.conv2.weight"):
         segment.load_backbone(net, tmp_path / "bad.pth")
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "shape.pth")
     (tmp_path / "text.pth").write_text("no weights")
-    with pytest.raises(ValueError, match="shape.pth does not fit DeepLabV3Plus's backbone: .*size mismatch for conv1.weight"):
+    with pytest.raises(ValueError, match=r"shape.pth does not fit DeepLabV3Plus's backbone: .*backbone.conv1.weight of \(1,\) instead of \(64, 3, 7, 7\)"):
         segment.load_backbone(net, tmp_path / "shape.pth")
     with pytest.raises(ValueError, match="text.pth is no state dict"):
         segment.load_backbone(net, tmp_path / "text.pth")
     with pytest.raises(FileNotFoundError):
         segment.load_backbone(net, tmp_path / "none.pth")
+
+
+def test_imagenet_weights_come_from_the_cache_or_the_sentence_says_what_to_pass(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: (_ for _ in ()).throw(OSError("no route to host")))
+    net = build("mask2former", 3, **SMALL["mask2former"])
+    with pytest.raises(ValueError, match=r"no ImageNet weights of resnet18, .*\(no route to host\): fetch https://\S+/resnet18-\w+.pth .* pass the file, or"):
+        segment.load_backbone(net, "imagenet")
+    with pytest.raises(ValueError, match="torchvision has no ImageNet weights for SegFormer: pass the file"):
+        segment.load_backbone(build("segformer", 3), "imagenet")
+    resnet = torchvision.models.resnet18(weights=None)
+    (tmp_path / "checkpoints").mkdir(exist_ok=True)
+    torch.save(resnet.state_dict(), tmp_path / "checkpoints" / "resnet18-f37072fd.pth")
+    assert segment.load_backbone(net, "imagenet") == "imagenet, backbone only"
+    assert torch.equal(net.backbone.layer4[1].conv2.weight, resnet.layer4[1].conv2.weight)
 
 
 def test_the_command_scores_and_saves_a_network_that_comes_back(tmp_path, monkeypatch, capsys):
