@@ -526,7 +526,7 @@ class Mask2Former(Segmenter):
         return torch.tensor(np.array(pairs, dtype=np.int64).reshape(-1, 4).T, device=classes.device)
 
     def loss(self, x, target):
-        """2 cross-entropy of the classes + 5 (binary cross-entropy + Dice) of the masks at P points, 3/4 of them where the mask is unsure."""
+        """2 cross-entropy of the classes + 5 (binary cross-entropy + Dice) of the masks at P points, 3/4 of them where it is unsure."""
         classes, masks = self.predictions(padded(x, mode="replicate"))
         target = padded(target, value=IGNORE)
         K, P = self.num_classes, min(12544, max(1024, target[0].numel() // 16))
@@ -573,7 +573,7 @@ def read_state(source: str | Path, architecture: str | None) -> dict:
     if source != "imagenet":
         try:
             state = torch.load(source, map_location="cpu", weights_only=True)
-            return dict(state.get("state_dict", state).items())
+            return dict(state.get("state_dict", state).items())                                # some come inside a checkpoint
         except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
             raise ValueError(f"{source} is no state dict written by torch.save") from error
     if architecture is None:
@@ -605,7 +605,7 @@ def load_backbone(net: Segmenter, source: str | Path) -> str:
     if missing or extra or shapes:
         raise ValueError(f"{source} does not fit {type(net).__name__}'s backbone: missing {listed(missing)}; not wanted {listed(extra)}; "
                          f"of another shape {listed(shapes)}")
-    net.load_state_dict(state, strict=False)
+    net.load_state_dict(state, strict=False)                                                   # a backbone alone is not all of it
     return f"{source}, backbone " + ("and head" if head and fits else "only, its head is for other classes" if head else "only")
 
 

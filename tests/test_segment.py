@@ -209,6 +209,11 @@ HF_HEAD = [f"decode_head.{name}" for name in (
     "batch_norm.running_mean", "batch_norm.running_var", "batch_norm.num_batches_tracked", "classifier.weight", "classifier.bias")]
 
 
+ORIGINAL_HEAD = [*(f"decode_head.linear_c{i}.proj.{kind}" for i in range(1, 5) for kind in ("weight", "bias")),
+                 *(name.replace("batch_norm", "linear_fuse.bn").replace("fuse.weight", "fuse.conv.weight").replace("classifier", "linear_pred")
+                   for name in HF_HEAD[8:])]
+
+
 @pytest.mark.parametrize("naming, prefix", [("hugging face", "segformer."), ("hugging face", ""), ("original", "")])
 def test_published_segformer_names_are_ours(naming, prefix, tmp_path):
     source, state = their_weights(names_of(naming))
@@ -217,6 +222,14 @@ def test_published_segformer_names_are_ours(naming, prefix, tmp_path):
     net = build("segformer", 5, seed=9)
     assert segment.load_backbone(net, tmp_path / "mit.pth") == f"{tmp_path / 'mit.pth'}, backbone only"
     assert all(torch.equal(value, net.backbone.state_dict()[name]) for name, value in source.backbone.state_dict().items())
+
+
+def test_a_whole_segformer_of_the_original_release_comes_inside_a_checkpoint(tmp_path):
+    source, state = their_weights([f"backbone.{name}" for name in names_of("original")] + ORIGINAL_HEAD)
+    torch.save({"state_dict": state | {"decode_head.conv_seg.weight": torch.zeros(1)}, "meta": {"epoch": 1}}, tmp_path / "b0.pth")
+    net = build("segformer", 5, seed=9)
+    assert segment.load_backbone(net, tmp_path / "b0.pth").endswith("b0.pth, backbone and head")
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in source.state_dict().items())
 
 
 def test_a_whole_segformer_brings_its_head_where_the_classes_are_as_many(tmp_path):
