@@ -141,7 +141,7 @@ def prepare(args):
 def restore(folder, args, config, net, ema, optimizer):
     """Load the newest checkpoint into the three and return its step. Settings that shape the weights must be the same."""
     checkpoint = load_stage(folder, args.stage)
-    free = ("steps", "save_every", "device", "bf16", "out")
+    free = ("steps", "save_every", "device", "bf16", "out", "data")          # data may have moved; what it holds is compared
     old = checkpoint["config"]
     changed = [f"{k} was {old.get(k)} and is {config[k]}" for k in config if k not in free and old.get(k) != config[k]]
     if changed:
