@@ -267,7 +267,7 @@ def parse_args(argv=None):
     parser.add_argument("--data", help="the data set (default: the one the run was trained on)")
     parser.add_argument("--split", default="test", help="images to score on: a list of split.json, or test (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="segmenters trained per cell (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=120, help="optimiser steps of each segmenter (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="optimiser steps of each segmenter (default: %(default)s)")
     parser.add_argument("--standard", help="JSON file or name of the standard for the inspection (default: that of the object)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
     parser.add_argument("--quick", action="store_true", help="one seed, 2 steps, 8 scoring images: shows that everything runs")
