@@ -222,10 +222,10 @@ def inspection(setting, progress):
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
 table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto }
-th, td { border-bottom: 1px solid #8886; padding: .25rem .7rem; text-align: right }
+th, td { border-bottom: 1px solid #8886; padding: .25rem .7rem; text-align: right; white-space: nowrap }
 th:first-child, td:first-child, caption { text-align: left }
 caption { font-weight: 600 }
-img { max-width: 100%; image-rendering: pixelated }
+img { max-width: 100% }
 figure { margin: 1rem 0 }
 figcaption, .small { color: #888; font-size: .9em }
 @media (prefers-color-scheme: dark) { body { color: #ddd; background: #181818 } }
