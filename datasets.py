@@ -299,19 +299,19 @@ class DefectDataset:
         return self.samples[i].caption
 
     def classes_in(self, i):
-        """Class indices in mask i at native size, without the background; none for a mask that cannot be read. Remembered."""
+        """Class indices in mask i at native size, without the background; None for a mask that cannot be read. Remembered."""
         sample = self.samples[i]
         if sample.name not in self._classes_in:
             try:
-                found = np.unique(self.read_mask(i, (1, 1)) if not isinstance(sample.mask, list) else [c for c, _ in sample.mask])
+                found = [c for c, _ in sample.mask] if isinstance(sample.mask, list) else self.read_mask(i, (1, 1))
+                self._classes_in[sample.name] = tuple(c for c in np.unique(found).tolist() if c)
             except ValueError:
-                found = []
-            self._classes_in[sample.name] = tuple(int(c) for c in found if c)
+                self._classes_in[sample.name] = None
         return self._classes_in[sample.name]
 
     def defective(self):
         """Indices of the images with a defect. Kinds tell where there are kinds, masks are read where there are none."""
-        return [i for i, s in enumerate(self.samples) if s.kind not in NO_DEFECT and (s.kind != ALL or self.classes_in(i))]
+        return [i for i, s in enumerate(self.samples) if s.kind not in NO_DEFECT and (s.kind != ALL or self.classes_in(i) != ())]
 
     def read_mask(self, i, shape):
         """Mask i as stored, uint8 (H, W); `shape` is that of its image, for masks that no file holds."""
@@ -409,13 +409,12 @@ def _is_grey(path):
 class DrawnDataset(DefectDataset):
     """The drawn products of drawn.py, made on request at any size: 20 images of each kind."""
 
-    def __init__(self, product, annotation="spectrum", **attributes):
+    def __init__(self, product, annotation="spectrum"):
         kinds = DRAWN[product].kinds
         self.product, self.annotation = product, annotation
         samples = [Sample(f"{kind}/{n:03d}", None, None, kind, n * len(kinds) + k)      # label: the index to draw
                    for k, kind in enumerate(kinds) for n in range(20)]
-        classes = DRAWN[product].classes if annotation == "spectrum" else ("background", "defect")
-        super().__init__(f"drawn:{product}", classes, samples, **attributes)
+        super().__init__(f"drawn:{product}", DRAWN[product].classes if annotation == "spectrum" else ("background", "defect"), samples)
         self.channels = 3
 
     def native_size(self, i):
@@ -733,8 +732,8 @@ def pick_object(spec, name):
     if not objects:
         raise ValueError(f"--data {root}: no known layout, there or below. Found {listed(p.name for p in root.iterdir())}; expected one of\n  "
                          + "\n  ".join(f"{key}: {layout.look}" for key, layout in LAYOUTS.items()))
-    fits = [n for n in objects if not name or name in (n, n.split("/")[-1])]
-    fits = [n for n in fits if name and not n.startswith("synthetic_")] or fits
+    fits = [name] if name in objects else [n for n in objects if not name or name == n.split("/")[-1]]
+    fits = [n for n in fits if name and "synthetic_" not in n] or fits
     if len(fits) == 1:
         return objects[fits[0]]
     if not fits:
@@ -1087,10 +1086,7 @@ def main():
         except (ValueError, OSError) as error:
             if len(names) == 1:
                 raise
-            print(f"\n{name}: problem: {error}")
-            reports[name] = {"name": name, "images": 0, "annotated": 0, "types": 0, "pixel_wise": False, "several_types": 0, "captions": [],
-                             "problems": [str(error)]}
-            continue
+            dataset = DefectDataset(name, ["background"], [], layout=None, problems=[("cannot be opened", str(error))])
         if args.bench:
             bench(dataset.readable() if args.skip_bad else dataset)
             continue

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import datasets
-from conftest import run
+from conftest import run_audit
 from datasets import (AUGMENTATIONS, FITS, audit, augment, bench, colorize, few_shot_split, fingerprint, natural, near_duplicates,
                       open_dataset, overlay, pair_paths, placed, read_image, read_mask, sheet, unfit, write_classes, write_image, write_pair)
 from diffusion import rng
@@ -304,11 +304,9 @@ def test_bench_and_commands_of_the_audit(tmp_path, capsys):
     assert table[0] == "16x16" and all(float(rate) > 0 for rate in table[1:5]) and table[5] == str(datasets.MEMORY_LIMIT // (4 * 256))
     with pytest.raises(ValueError, match="drawn data have none"):
         bench(open_dataset("drawn:pill"))
-    shown = run("datasets.py", "--data", root, "--bench", cwd=tmp_path)
-    assert shown.returncode == 0 and "256x256" in shown.stdout
+    assert "256x256" in run_audit("--data", root, "--bench")
     (root / "image/crack/000.png").write_bytes(b"x")
-    shown = run("datasets.py", "--data", root, cwd=tmp_path)
-    assert shown.returncode == 1 and "crack/000.png" in shown.stdout and (tmp_path / "sheet.png").exists()
+    assert "crack/000.png" in run_audit("--data", root, "--sheet", tmp_path / "sheet.png", code=1) and (tmp_path / "sheet.png").exists()
 
 
 def test_audit_counts_what_was_written(tmp_path):
