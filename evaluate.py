@@ -55,6 +55,7 @@ class Setting:
         if not (samples / "classes.json").exists():
             raise FileNotFoundError(f"{samples}: no generated pairs; draw them first: python sample.py --run {self.run}")
         self.generated = open_dataset(samples, self.size)
+        self.predicted = {}         # (arch, trained on, seed) -> masks: the inspection reuses what the segmentation trained
 
     def open(self, split, annotation="spectrum"):
         """The part of the data that a split names, read as the run read it."""
@@ -127,11 +128,13 @@ def mean_spread(values):
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def train_and_predict(setting, arch, images, masks, num_classes, seed):
-    """Masks that a segmenter trained on (images, masks) predicts for the scoring images."""
-    net = build(arch, num_classes, seed).to(setting.device)
-    fit(net, images, masks, setting.args.steps, seed=seed, bf16=setting.bf16)
-    return predict(net, setting.test.tensors()[0], bf16=setting.bf16)
+def train_and_predict(setting, arch, pool, images, masks, num_classes, seed):
+    """Masks that a segmenter trained on (images, masks), the data called `pool`, predicts for the scoring images."""
+    if (arch, pool, seed) not in setting.predicted:
+        net = build(arch, num_classes, seed).to(setting.device)
+        fit(net, images, masks, setting.args.steps, seed=seed, bf16=setting.bf16)
+        setting.predicted[arch, pool, seed] = predict(net, setting.test.tensors()[0], bf16=setting.bf16)
+    return setting.predicted[arch, pool, seed]
 
 
 def segmentation(setting, progress):
@@ -146,7 +149,7 @@ def segmentation(setting, progress):
         for pool, pairs in pools.items():
             scores = numbers[arch][pool] = []
             for seed in seeds:
-                shown[arch, pool] = train_and_predict(setting, arch, *pairs, num_classes, seed)
+                shown[arch, pool] = train_and_predict(setting, arch, pool, *pairs, num_classes, seed)
                 scores.append(miou(confusion_matrix(shown[arch, pool], target, num_classes)))
                 progress(f"{arch}, {pool}, seed {seed}: mIoU {100 * scores[-1]['miou']:.1f} %")
             iou = [[score["iou"][k] for score in scores] for k in range(num_classes)]
@@ -192,13 +195,14 @@ def inspection(setting, progress):
     drawn = str(setting.data).startswith("drawn:")
     old = drawn or setting.args.original
     coarse = setting.open(setting.config["split"], "original").tensors() if old else (exact[0], (exact[1] > 0).to(torch.uint8))
-    ways = {"original": (coarse, 2, lambda mask, image: "reject" if mask.any() else "accept"),
-            "spectrum": (exact, len(setting.classes), lambda mask, image: verdict(judge(mask, standard, setting.classes, image)))}
+    ways = {"original": ("original annotation", coarse, 2, lambda mask, image: "reject" if mask.any() else "accept"),
+            "spectrum": ("real", exact, len(setting.classes),
+                         lambda mask, image: verdict(judge(mask, standard, setting.classes, image)))}
     rows, numbers = [], {}
-    for way, (pairs, num_classes, decide) in ways.items():
+    for way, (pool, pairs, num_classes, decide) in ways.items():
         results = numbers[way] = []
         for seed in range(setting.args.seeds):
-            pred = train_and_predict(setting, "deeplabv3+", *pairs, num_classes, seed)
+            pred = train_and_predict(setting, "deeplabv3+", pool, *pairs, num_classes, seed)
             pred = [unfit(mask, setting.test.native_size(i), setting.fit) for i, mask in enumerate(pred)]
             results.append(recall_fpr(truth, [decide(mask, image) for mask, image in zip(pred, names)]))
             progress(f"{way} annotation, seed {seed}")
@@ -272,7 +276,7 @@ def parse_args(argv=None):
     parser.add_argument("--original", metavar="MVTEC_DIR", help="MVTec AD's folder: the inspection compares with its masks (data: DS-MVTec)")
     parser.add_argument("--split", default="test", help="images to score on: a list of split.json, or test (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="segmenters trained per cell (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=150, help="optimiser steps of each segmenter (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=120, help="optimiser steps of each segmenter (default: %(default)s)")
     parser.add_argument("--standard", help="JSON file or name of the standard for the inspection (default: that of the object)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
     parser.add_argument("--quick", action="store_true", help="one seed, 2 steps, 8 scoring images: shows that everything runs")

@@ -27,8 +27,8 @@ from unet import LARGE, SMALL, UNet, check_size, count_parameters, receptive_fie
 
 PRESETS = {
     # 64x64 on two CPU cores in minutes: demo, tests and teaching. fp32, for in so narrow networks casting costs more than bf16 saves
-    "tiny": dict(size=(64, 64), steps=600, batch_size=8, lr=1e-3, weight_decay=0.0, ema=0.995, warmup=50, save_every=200, bf16=False,
-                 large=dict(channels=32, multipliers=(1, 2, 2, 4), num_res_blocks=1, attention_levels=(3,), middle=True),
+    "tiny": dict(size=(64, 64), steps=1200, batch_size=4, lr=1e-3, weight_decay=0.0, ema=0.995, warmup=50, save_every=400, bf16=False,
+                 large=dict(channels=32, multipliers=(1, 1, 2, 4), num_res_blocks=1, attention_levels=(3,), middle=True),
                  small=dict(channels=32, multipliers=(1, 2), num_res_blocks=1, attention_levels=(), middle=False)),
     # the released configuration (its yaml files): 256x256, AdamW 1e-4, weight decay 0.002, batch 2, 160k steps, EMA 0.9999
     "paper": dict(size=(256, 256), steps=160_000, batch_size=2, lr=1e-4, weight_decay=0.002, ema=0.9999, warmup=0, save_every=10_000,
