@@ -26,8 +26,8 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 from tqdm import tqdm
 
-from datasets import (add_data_flags, data_options, describe, has_bf16, open_dataset, overlay, pick_device, run_main, sheet, write_atomically, write_image,
-                      write_json)
+from datasets import (add_data_flags, data_options, describe, has_bf16, open_dataset, overlay, pick_device, run_main, sheet,
+                      write_atomically, write_image, write_json)
 
 IGNORE = 255
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
