@@ -1,7 +1,6 @@
 # make demo: train both stages on the drawn pill, draw pairs, evaluate them. make test: the tests. Each sets up .venv by itself.
 PYTHON ?= python3
 RUN = .venv/bin/python
-export OMP_WAIT_POLICY = PASSIVE
 
 .PHONY: demo test
 demo: .venv/ready

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 import torchvision
 
-from datasets import (NO_DEFECT, has_bf16, open_dataset, overlay, pick_device, read_json, run_main, sheet, write_atomically,
-                      write_image, write_json)
+from datasets import (data_options, describe, has_bf16, open_dataset, overlay, pick_device, read_json, run_main, sheet, unfit,
+                      write_atomically, write_image, write_json)
 from inspect_rules import STANDARDS, judge, load_standard, recall_fpr, verdict
 from segment import ARCHS, build, confusion_matrix, fit, miou, predict
 
@@ -36,24 +36,31 @@ class Setting:
         self.size, self.classes = tuple(self.config["size"]), tuple(self.config["classes"])
         self.device = pick_device(args.device)
         self.bf16 = self.device.type == "cuda" and has_bf16(self.device)      # on CPUs autocast slows the segmenters
-        self.data, self.object = args.data or self.config["data"], self.config["object"]
+        self.data, self.fit = args.data or self.config["data"], self.config.get("fit", "squash")
         self.train, self.test = self.open(self.config["split"]), self.open(args.split)
-        shared = {s.name for s in self.train.samples} & {s.name for s in self.test.samples}
+        files = [{s.name if s.image is None else s.image.resolve() for s in part.samples} for part in (self.train, self.test)]
+        shared = {str(file) for file in files[0] & files[1]}
         if shared:
             raise ValueError(f"--split {args.split} shares {len(shared)} images with the training split {self.config['split']} "
                              f"({sorted(shared)[0]}, ...); scores on training images prove nothing, choose another split")
         if self.train.classes != self.classes:
             raise ValueError(f"{self.data} has the classes {', '.join(self.train.classes)}, but {self.run} was trained with "
                              f"{', '.join(self.classes)}")
+        self.splits = (f"{self.train.name}: trained on {len(self.train)} images ({self.train.split_rule}), scored on others, "
+                       f"{len(self.test)} of {self.test.split_rule}.")
+        print(describe(self.train), describe(self.test), sep="\n")
         if args.quick:
             self.test = self.test.subset(range(0, len(self.test), max(1, len(self.test) // 8)))
         samples = self.run / "samples"
         if not (samples / "classes.json").exists():
             raise FileNotFoundError(f"{samples}: no generated pairs; draw them first: python sample.py --run {self.run}")
         self.generated = open_dataset(samples, self.size)
+        self.predicted = {}         # (arch, trained on, seed) -> masks: the inspection reuses what the segmentation trained
 
     def open(self, split, annotation="spectrum"):
-        return open_dataset(self.data, self.size, split, self.object, annotation)
+        """The part of the data that a split names, read as the run read it."""
+        original = self.args.original if annotation == "original" else None
+        return open_dataset(self.data, self.size, split, annotation=annotation, original=original, **data_options(self.config))
 
     def figure(self, name, picture, caption):
         """Write a picture beside the report and return the record that the report shows it by."""
@@ -83,9 +90,7 @@ def class_table(classes, named_masks):
 
 def generation(setting, progress):
     """Generated beside real: pictures, nearest training images, and the share of each class."""
-    defects = [i for i, s in enumerate(setting.train.samples) if s.kind not in NO_DEFECT]
-    train = setting.train.subset(defects).tensors()
-    test = setting.test.subset([i for i, s in enumerate(setting.test.samples) if s.kind not in NO_DEFECT]).tensors()
+    train, test = (part.subset(part.defective()).tensors() for part in (setting.train, setting.test))
     drawn = setting.generated.tensors()
     table, shares = class_table(setting.classes, {"training": train[1], "held out": test[1], "generated": drawn[1]})
 
@@ -123,11 +128,13 @@ def mean_spread(values):
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def train_and_predict(setting, arch, images, masks, num_classes, seed):
-    """Masks that a segmenter trained on (images, masks) predicts for the scoring images."""
-    net = build(arch, num_classes, seed).to(setting.device)
-    fit(net, images, masks, setting.args.steps, seed=seed, bf16=setting.bf16)
-    return predict(net, setting.test.tensors()[0], bf16=setting.bf16)
+def train_and_predict(setting, arch, pool, images, masks, num_classes, seed):
+    """Masks that a segmenter trained on (images, masks), the data called `pool`, predicts for the scoring images."""
+    if (arch, pool, seed) not in setting.predicted:
+        net = build(arch, num_classes, seed).to(setting.device)
+        fit(net, images, masks, setting.args.steps, seed=seed, bf16=setting.bf16)
+        setting.predicted[arch, pool, seed] = predict(net, setting.test.tensors()[0], bf16=setting.bf16)
+    return setting.predicted[arch, pool, seed]
 
 
 def segmentation(setting, progress):
@@ -142,7 +149,7 @@ def segmentation(setting, progress):
         for pool, pairs in pools.items():
             scores = numbers[arch][pool] = []
             for seed in seeds:
-                shown[arch, pool] = train_and_predict(setting, arch, *pairs, num_classes, seed)
+                shown[arch, pool] = train_and_predict(setting, arch, pool, *pairs, num_classes, seed)
                 scores.append(miou(confusion_matrix(shown[arch, pool], target, num_classes)))
                 progress(f"{arch}, {pool}, seed {seed}: mIoU {100 * scores[-1]['miou']:.1f} %")
             iou = [[score["iou"][k] for score in scores] for k in range(num_classes)]
@@ -152,7 +159,7 @@ def segmentation(setting, progress):
                     + [mean_spread([score["miou_with_background"] for score in numbers[arch][pool]]) for pool in pools])
 
     absent = [setting.classes[k] for k in scores[0]["absent"]]
-    defects = [i for i, s in enumerate(setting.test.samples) if s.kind not in NO_DEFECT]
+    defects = setting.test.defective()
     pictures = [(setting.test.samples[i].kind, [images[i]] + [overlay(images[i], m[i]) for m in (target, *shown.values())])
                 for i in defects[::max(1, len(defects) // 8)][:8]]
     titles = ["image", "truth"] + [arch + (" +" if pool != "real" else "") for arch, pool in shown]
@@ -184,30 +191,35 @@ def inspection(setting, progress):
     truth = [verdict(judge(setting.test.read(i)[1].numpy(), standard, setting.classes, image)) for i, image in enumerate(names)]
     progress(f"truth from masks at native size: {truth.count('reject')} of {len(truth)} are to be rejected")
 
-    images, masks = setting.train.tensors()
+    exact = setting.train.tensors()
     drawn = str(setting.data).startswith("drawn:")
-    coarse = setting.open(setting.config["split"], "original").tensors()[1] if drawn else (masks > 0).to(torch.uint8)
-    ways = {"original": (coarse, 2, lambda mask, image: "reject" if mask.any() else "accept"),
-            "spectrum": (masks, len(setting.classes), lambda mask, image: verdict(judge(mask.numpy(), standard, setting.classes, image)))}
+    old = drawn or setting.args.original
+    coarse = setting.open(setting.config["split"], "original").tensors() if old else (exact[0], (exact[1] > 0).to(torch.uint8))
+    ways = {"original": ("original annotation", coarse, 2, lambda mask, image: "reject" if mask.any() else "accept"),
+            "spectrum": ("real", exact, len(setting.classes),
+                         lambda mask, image: verdict(judge(mask, standard, setting.classes, image)))}
     rows, numbers = [], {}
-    for way, (annotation, num_classes, decide) in ways.items():
+    for way, (pool, pairs, num_classes, decide) in ways.items():
         results = numbers[way] = []
         for seed in range(setting.args.seeds):
-            pred = train_and_predict(setting, "deeplabv3+", images, annotation, num_classes, seed)
+            pred = train_and_predict(setting, "deeplabv3+", pool, *pairs, num_classes, seed)
+            pred = [unfit(mask, setting.test.native_size(i), setting.fit) for i, mask in enumerate(pred)]
             results.append(recall_fpr(truth, [decide(mask, image) for mask, image in zip(pred, names)]))
             progress(f"{way} annotation, seed {seed}")
         rates = [[result[rate] for result in results] for rate in ("recall", "fpr")]
         rows.append([way] + ["–" if None in values else mean_spread(values) for values in rates]
                     + [" / ".join(str(result[key]) for result in results) for key in ("tp", "fn", "fp", "tn")])
-    native, (h, w) = math.prod(standard.native_size), setting.size
+    native, (h, w) = math.prod(standard.native_size), pred[0].shape
     return {
         "title": "Inspection",
         "text": [f"Standard: {'; '.join(rule.name for rule in standard.rules)}; any other defect: {standard.unnamed}. "
                  f"Truth: exact masks at native size; {truth.count('reject')} of {len(truth)} scoring images are to be rejected.",
                  "Original annotation: one binary mask per image, "
-                 + ("coarse, the most conspicuous defect only" if drawn else "all classes merged")
+                 + ("coarse, the most conspicuous defect only" if drawn else f"those of {setting.args.original}" if old else "all classes merged")
                  + "; any predicted defect rejects. Spectrum annotation: the standard decides.",
-                 f"Predictions are {h}x{w}: one of their pixels counts {native / (h * w):.0f} native ones; smaller limits cannot be met."],
+                 f"Predictions are {h}x{w}: one of their pixels counts {native / (h * w):.0f} native ones; smaller limits cannot be met."
+                 + {"squash": "", "pad": " Their padding was cut off.",
+                    "crop": " What lies outside the crop was not seen and counts as no defect."}[setting.fit]],
         "tables": [{"caption": f"Verdicts of DeepLabV3+, {setting.args.seeds} seeds", "rows": rows,
                     "head": ["annotation", "recall %", "false positive rate %", "tp", "fn", "fp", "tn"]}],
         "figures": [], "numbers": numbers}
@@ -218,10 +230,10 @@ def inspection(setting, progress):
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
 table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto }
-th, td { border-bottom: 1px solid #8886; padding: .25rem .7rem; text-align: right }
+th, td { border-bottom: 1px solid #8886; padding: .25rem .7rem; text-align: right; white-space: nowrap }
 th:first-child, td:first-child, caption { text-align: left }
 caption { font-weight: 600 }
-img { max-width: 100%; image-rendering: pixelated }
+img { max-width: 100% }
 figure { margin: 1rem 0 }
 figcaption, .small { color: #888; font-size: .9em }
 @media (prefers-color-scheme: dark) { body { color: #ddd; background: #181818 } }
@@ -261,9 +273,10 @@ def parse_args(argv=None):
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=f"{' | '.join(EXPERIMENTS)} (default: all)")
     parser.add_argument("--run", default="runs/demo", help="run folder with generated pairs in RUN/samples (default: %(default)s)")
     parser.add_argument("--data", help="the data set (default: the one the run was trained on)")
+    parser.add_argument("--original", metavar="MVTEC_DIR", help="MVTec AD's folder: the inspection compares with its masks (data: DS-MVTec)")
     parser.add_argument("--split", default="test", help="images to score on: a list of split.json, or test (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="segmenters trained per cell (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=150, help="optimiser steps of each segmenter (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="optimiser steps of each segmenter (default: %(default)s)")
     parser.add_argument("--standard", help="JSON file or name of the standard for the inspection (default: that of the object)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
     parser.add_argument("--quick", action="store_true", help="one seed, 2 steps, 8 scoring images: shows that everything runs")
@@ -290,6 +303,7 @@ def evaluate(args):
             print(f"{time.perf_counter() - start:6.0f} s  {text}", flush=True)
 
         result = EXPERIMENTS[name](setting, progress)
+        result["text"].append(setting.splits)
         result["settings"] = {
             "data": setting.data, "training split": setting.config["split"], "scoring split": args.split, "size": setting.size,
             "segmenter steps": args.steps, "seeds": f"0 to {args.seeds - 1}", "time": f"{time.perf_counter() - start:.0f} s",

@@ -251,11 +251,11 @@ def recall_fpr(truths, verdicts) -> dict:
 # --- the command ---
 
 def find_masks(folder) -> list[Path]:
-    """All PNGs below folder, but hidden files and what a data set keeps in image/ and rgb_mask/ folders."""
+    """All PNGs below folder, but hidden files and what a data set keeps in image/ and rgb_mask/ folders or beside mask/ (sheet.png)."""
     if not Path(folder).is_dir():
         raise ValueError(f"--masks {folder} is not a folder")
     skipped = {"image", "images", "rgb_mask", "rbg_mask"}         # "rbg": so spelt in half of the published data
-    masks = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() == ".png" and not any(
+    masks = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() == ".png" and not (p.parent / "mask").is_dir() and not any(
         part.startswith(".") or part in skipped for part in p.relative_to(folder).parts))
     if not masks:
         raise ValueError(f"--masks {folder} holds no PNG masks")

@@ -29,8 +29,8 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 from tqdm import tqdm
 
-from datasets import (add_data_flags, has_bf16, listed, open_dataset, overlay, pick_device, run_main, sheet, write_atomically,
-                      write_image, write_json)
+from datasets import (add_data_flags, data_options, describe, has_bf16, listed, open_dataset, overlay, pick_device, run_main, sheet,
+                      write_atomically, write_image, write_json)
 
 IGNORE = 255
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -782,16 +782,14 @@ def main():
     args = parser.parse_args()
 
     device = pick_device(args.device)
-    train, test = (open_dataset(args.data, size=tuple(args.size), split=split, object=args.object)
-                   for split in (args.split, args.test_split))
+    train, test = (open_dataset(args.data, tuple(args.size), split, **data_options(args)) for split in (args.split, args.test_split))
     config = {"arch": args.arch, "num_classes": len(train.classes), "seed": args.seed}
     net = build(**config)
     loaded = load_backbone(net, args.backbone_weights) if args.backbone_weights else "none, random"
     net.to(device)
     parameters = sum(p.numel() for p in net.parameters())
     print(f"{args.arch}, {parameters / 1e6:.1f} M parameters, backbone weights: {loaded}, on {device}\n"
-          f"{args.data} at {args.size[0]}x{args.size[1]}: {len(train)} images to train on ({args.split}), "
-          f"{len(test)} to score ({args.test_split})")
+          f"{describe(train)}\n{describe(test)}\nimages are {args.size[0]}x{args.size[1]}")
 
     bf16 = device.type == "cuda" and has_bf16(device)      # on CPUs autocast was slower at 64 to 256 px (depthwise convolutions)
     fitted = fit(net, *train.tensors(), args.steps, args.batch_size, args.lr, args.seed, bf16, progress=True)

@@ -19,22 +19,21 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from datasets import (add_data_flags, has_bf16, open_dataset, overlay, pick_device, run_main, sheet, write_atomically, write_image,
-                      write_json, NO_DEFECT)
+from datasets import (MEMORY_LIMIT, add_data_flags, augment, data_options, describe, has_bf16, open_dataset, overlay, pick_device,
+                      read_names, run_main, sheet, write_image, write_json)
 from defect_gen import STAGES, SWITCH_T, checkpoints, decode, encode, load_stage, save_stage
 from diffusion import q_sample, rng, sample, schedule, timesteps, to_x_start, training_loss
 from unet import LARGE, SMALL, UNet, check_size, count_parameters, receptive_field
 
 PRESETS = {
     # 64x64 on two CPU cores in minutes: demo, tests and teaching. fp32, for in so narrow networks casting costs more than bf16 saves
-    "tiny": dict(size=(64, 64), steps=600, batch_size=8, lr=1e-3, weight_decay=0.0, ema=0.995, warmup=50, save_every=200, bf16=False,
-                 large=dict(channels=32, multipliers=(1, 2, 2, 4), num_res_blocks=1, attention_levels=(3,), middle=True),
+    "tiny": dict(size=(64, 64), steps=900, batch_size=4, lr=1e-3, weight_decay=0.0, ema=0.995, warmup=50, save_every=450, bf16=False,
+                 large=dict(channels=32, multipliers=(1, 1, 2, 4), num_res_blocks=1, attention_levels=(3,), middle=True),
                  small=dict(channels=32, multipliers=(1, 2), num_res_blocks=1, attention_levels=(), middle=False)),
     # the released configuration (its yaml files): 256x256, AdamW 1e-4, weight decay 0.002, batch 2, 160k steps, EMA 0.9999
     "paper": dict(size=(256, 256), steps=160_000, batch_size=2, lr=1e-4, weight_decay=0.002, ema=0.9999, warmup=0, save_every=10_000,
                   large=LARGE, small=SMALL),
 }
-IN_MEMORY_BYTES = 4 << 30       # data up to this size are decoded once and stay on the device as uint8
 LOG_EVERY = 10                  # steps between readings of the loss: each one waits for the device
 QUARTERS = ["loss_q1", "loss_q2", "loss_q3", "loss_q4"]         # loss by quarter of [0, T): which steps a stage is good at
 
@@ -49,6 +48,8 @@ def parse_args(argv=None):
     parser.add_argument("--steps", type=int, help="optimiser steps in all")
     parser.add_argument("--batch-size", type=int, help="images per step")
     parser.add_argument("--lr", type=float, help="learning rate of AdamW")
+    parser.add_argument("--augment", type=read_names, default=[], metavar="NAMES", help="change images and masks at random: some of "
+                        "flip,turn,crop, where the product may lie that way (default: none)")
     parser.add_argument("--target", default="x0", choices=["x0", "eps", "v"], help="what the network predicts (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order, noise and timesteps (default: %(default)s)")
     parser.add_argument("--save-every", type=int, help="steps between checkpoints with a picture of samples; the newest two are kept")
@@ -82,12 +83,12 @@ def batches(dataset, first_step, steps, batch_size, seed, device):
             yield order(len(dataset), step * batch_size, batch_size, seed)
 
     size = len(dataset) * (dataset.channels + 1) * math.prod(dataset.size)
-    if size <= IN_MEMORY_BYTES:
-        print(f"data: {len(dataset)} images, {size / 2**20:.1f} MiB decoded once and kept on {device}")
+    if size <= MEMORY_LIMIT:
+        print(f"data: {len(dataset)} images, {size / 2**20:.1f} MiB decoded once and kept on {device} (limit {MEMORY_LIMIT >> 30} GiB)")
         images, masks = (part.to(device) for part in dataset.tensors())
         yield from ((images[index], masks[index]) for index in indices())
     else:
-        print(f"data: {len(dataset)} images, {size / 2**30:.1f} GiB, loaded by worker processes")
+        print(f"data: {len(dataset)} images, {size / 2**30:.1f} GiB, loaded by worker processes (limit {MEMORY_LIMIT >> 30} GiB)")
         loader = torch.utils.data.DataLoader(dataset, batch_sampler=list(indices()), num_workers=min(4, os.cpu_count()),
                                              pin_memory=device.type == "cuda")
         yield from ([part.to(device, non_blocking=True) for part in batch] for batch in loader)
@@ -124,8 +125,9 @@ def preview(net, stage, config, images, masks, device, alphas_cumprod):
 def prepare(args):
     """Open the data and settle the configuration; everything that can be wrong is found out before the first step."""
     device = pick_device(args.device)
-    dataset = open_dataset(args.data, tuple(args.size), args.split, args.object)
-    defects = [i for i, s in enumerate(dataset.samples) if s.kind not in NO_DEFECT]
+    dataset = open_dataset(args.data, tuple(args.size), args.split, **data_options(args))
+    print(describe(dataset))
+    defects = dataset.defective()
     if not defects:
         raise ValueError(f"--data {args.data}, split {args.split}: only products without defects; there is nothing to learn to draw")
     dataset = dataset.subset(defects)
@@ -141,7 +143,7 @@ def prepare(args):
 def restore(folder, args, config, net, ema, optimizer):
     """Load the newest checkpoint into the three and return its step. Settings that shape the weights must be the same."""
     checkpoint = load_stage(folder, args.stage)
-    free = ("steps", "save_every", "device", "bf16", "out")
+    free = ("steps", "save_every", "device", "bf16", "out", "data")          # data may have moved; what it holds is compared
     old = checkpoint["config"]
     changed = [f"{k} was {old.get(k)} and is {config[k]}" for k in config if k not in free and old.get(k) != config[k]]
     if changed:
@@ -195,6 +197,8 @@ def train(args):
     bar = tqdm(total=args.steps, initial=first_step, unit="step", desc=args.stage, mininterval=1)
     clock, last = time.perf_counter(), first_step
     for step, (images, masks) in enumerate(batches(dataset, first_step, args.steps, args.batch_size, args.seed, device), first_step):
+        if args.augment:
+            images, masks = augment(images, masks, args.augment, rng(args.seed, 4, step))
         random = rng(args.seed, 2, step)
         x_start = encode(images, masks, len(dataset.classes))
         t = torch.randint(config["T"], (len(images),), generator=random).to(device)

@@ -1,4 +1,6 @@
 """What the tests share: a small data set on disk, a run trained on it in seconds, and a way to run the commands as a user does."""
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import datasets
 import train
 from datasets import write_classes, write_pair
 
@@ -20,6 +23,17 @@ def run(script, *flags, cwd=ROOT):
     """Run one of the commands in a process of its own; returns it with .returncode, .stdout and .stderr."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, ROOT / script, *map(str, flags)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def run_audit(*flags, code=0):
+    """python datasets.py in this process: its output."""
+    out, arguments, sys.argv = io.StringIO(), sys.argv, ["datasets.py", *map(str, flags)]
+    try:
+        with contextlib.redirect_stdout(out):
+            assert datasets.main() == code, out.getvalue()
+    finally:
+        sys.argv = arguments
+    return out.getvalue()
 
 
 def make_data(folder, kinds=("crack", "dirt", "good"), count=8, size=(24, 32)):

@@ -7,8 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets import (audit, colorize, few_shot_split, natural, open_dataset, overlay, pair_paths, read_image, read_mask, sheet,
-                      write_classes, write_image, write_pair)
+import datasets
+from conftest import run_audit
+from datasets import (AUGMENTATIONS, FITS, audit, augment, bench, colorize, few_shot_split, fingerprint, natural, near_duplicates,
+                      open_dataset, overlay, pair_paths, placed, read_image, read_mask, sheet, unfit, write_classes, write_image, write_pair)
+from diffusion import rng
 
 CLASSES = ("background", "crack", "dirt")
 
@@ -156,7 +159,7 @@ def test_missing_empty_and_unknown_folders(tmp_path):
     (tmp_path / "bolt").mkdir()
     with pytest.raises(FileNotFoundError, match="no such folder; .* holds .*bolt"):
         open_dataset(tmp_path / "bold")
-    with pytest.raises(ValueError, match="no known layout.*Defect Spectrum.*MVTec AD.*found none"):
+    with pytest.raises(ValueError, match=r"(?s)no known layout.*Found none.*Defect Spectrum.*MVTec AD"):
         open_dataset(tmp_path / "bolt")
     (tmp_path / "bolt/image/crack").mkdir(parents=True)
     with pytest.raises(ValueError, match="no images"):
@@ -171,7 +174,7 @@ def test_unpaired_files_are_listed_both_ways(tmp_path):
     root = make_folder(tmp_path)
     (root / "mask/crack/001_mask.png").unlink()
     (root / "image/dirt/002.png").unlink()
-    with pytest.raises(ValueError, match=r"without a mask \(1\): crack/001.png; masks without an image \(1\): dirt/002_mask.png"):
+    with pytest.raises(ValueError, match=r"without a mask \(1\): image/crack/001.png; masks without an image \(1\): mask/dirt/002_mask.png"):
         open_dataset(root)
 
 
@@ -231,7 +234,80 @@ def test_without_classes_json_the_masks_decide_and_0_255_is_refused(tmp_path):
         open_dataset(root)
 
 
+# --- fitting into a size ---
+
+def photo_and_mask(tmp_path, size):
+    """A picture that is its own mask, so that image and mask can be compared after any change."""
+    mask = np.zeros(size, np.uint8)
+    mask[size[0] // 4:size[0] // 2, size[1] // 3:] = 1
+    save(tmp_path / "image/crack/0.png", mask * 255)
+    save(tmp_path / "mask/crack/0_mask.png", mask)
+    write_classes(tmp_path, CLASSES)
+    return mask
+
+
+@pytest.mark.parametrize("native", [(24, 72), (72, 24), (48, 48), (7, 5)])
+@pytest.mark.parametrize("fit", FITS)
+def test_fit_keeps_image_and_mask_together_and_unfit_takes_it_back(tmp_path, native, fit):
+    mask = photo_and_mask(tmp_path, native)
+    image, fitted = open_dataset(tmp_path, (16, 16), fit=fit)[0]
+    height, width, top, left = placed(native, (16, 16), fit)
+    inside = np.zeros((16, 16), bool)
+    inside[max(0, top):top + height, max(0, left):left + width] = True
+    assert image.shape == (1, 16, 16) and fitted.shape == (16, 16) and ((image[0] > 127) == (fitted > 0))[inside].float().mean() > 0.9
+    assert not fitted[~inside].any() and len(image[0][~inside].unique()) <= 1           # one colour, no defect
+    assert {"squash": (height, width) == (16, 16), "pad": inside.any(0).all() or inside.any(1).all(), "crop": inside.all()}[fit]
+    if fit != "squash":
+        assert abs(height / width - native[0] / native[1]) < 0.15 * native[0] / native[1]
+    whole = unfit(fitted, native, fit)
+    assert whole.shape == (height, width)
+    if fit != "crop":                                   # a crop's outside was not seen; else the share of the defect is the native one
+        assert abs(whole.mean() - mask.mean()) < 0.12
+
+
+# --- augmentation ---
+
+@pytest.mark.parametrize("names", [["flip"], ["turn"], ["crop"], list(AUGMENTATIONS)])
+@pytest.mark.parametrize("size", [(16, 16), (8, 24)])
+def test_augmentation_moves_image_and_mask_together(names, size):
+    masks = torch.zeros(40, *size, dtype=torch.uint8)
+    masks[:, 1:size[0] // 2, 2:size[1] // 3] = 1
+    images = masks[:, None] * 255
+    changed, moved = augment(images, masks, names, rng(0, 4, 7))
+    assert changed.shape == images.shape and moved.shape == masks.shape and changed.dtype == moved.dtype == torch.uint8
+    assert type(changed) is type(moved) is torch.Tensor and set(moved.unique().tolist()) <= {0, 1}
+    agree = ((changed[:, 0] > 127) == (moved > 0)).float().mean()
+    assert agree == 1 if "crop" not in names else agree > 0.94      # a resized image is blended, its mask is not
+    assert len({m.numpy().tobytes() for m in moved}) > (1 if names != ["crop"] else 5)
+    if "crop" not in names:
+        assert (moved.flatten(1).sum(1) == masks.flatten(1).sum(1)).all()
+    again = augment(images, masks, names, rng(0, 4, 7))
+    assert torch.equal(again[0], changed) and torch.equal(again[1], moved)
+    assert not torch.equal(augment(images, masks, names, rng(0, 4, 8))[1], moved)
+
+
 # --- pictures and the audit ---
+
+def test_near_duplicates_are_found_and_different_pictures_are_not():
+    random = np.random.default_rng(0)
+    images = [np.asarray(Image.fromarray(random.integers(0, 256, (12, 12), np.uint8)).resize((64, 48), Image.BICUBIC))[None] for _ in range(40)]
+    prints = {str(i): fingerprint(image) for i, image in enumerate(images)}
+    prints["brighter"] = fingerprint((images[3] * 0.9 + 20).astype(np.uint8))
+    found = near_duplicates(prints, [str(i) for i in range(20)], [*map(str, range(20, 40)), "brighter"])
+    assert [pair[:2] for pair in found] == [("3", "brighter")] and near_duplicates(prints, ["1"], []) == []
+
+
+def test_bench_and_commands_of_the_audit(tmp_path, capsys):
+    root = make_folder(tmp_path / "bolt", count=6)
+    bench(open_dataset(root), sizes=(16,))
+    table = capsys.readouterr().out.split("fit in memory")[1].split()
+    assert table[0] == "16x16" and all(float(rate) > 0 for rate in table[1:5]) and table[5] == str(datasets.MEMORY_LIMIT // (4 * 256))
+    with pytest.raises(ValueError, match="drawn data have none"):
+        bench(open_dataset("drawn:pill"))
+    assert "256x256" in run_audit("--data", root, "--bench")
+    (root / "image/crack/000.png").write_bytes(b"x")
+    assert "crack/000.png" in run_audit("--data", root, "--sheet", tmp_path / "sheet.png", code=1) and (tmp_path / "sheet.png").exists()
+
 
 def test_audit_counts_what_was_written(tmp_path):
     root = make_folder(tmp_path)
@@ -240,7 +316,8 @@ def test_audit_counts_what_was_written(tmp_path):
     save(root / "mask/crack/001_mask.png", both)
     report = audit(open_dataset(root))
     assert report["kinds"] == {"crack": 3, "dirt": 3, "good": 1} and report["several_types"] == 1 and not report["problems"]
-    assert report["classes"]["crack"] == {"pixels": 2 * 64 + 5, "images": 3} and report["classes"]["dirt"]["pixels"] == 3 * 64 + 7
+    crack = report["classes"]["crack"]
+    assert (crack["pixels"], crack["images"], crack["area"]) == (2 * 64 + 5, 3, [5, 64, 64]) and report["classes"]["dirt"]["pixels"] == 3 * 64 + 7
 
 
 def test_overlay_changes_defects_only():

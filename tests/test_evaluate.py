@@ -7,7 +7,9 @@ import torch
 
 import evaluate
 import sample
-from conftest import picture
+import train
+from conftest import TINY, picture
+from layouts import ds_mvtec, save
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,23 @@ def test_one_experiment_keeps_the_results_of_the_others(sampled):
 
 def test_without_a_standard_the_inspection_says_so(sampled):
     assert "Not run: there is no standard for bolt" in go("inspection", "--run", sampled, "--quick")["inspection"]["text"][0]
+
+
+def test_inspection_of_padded_images_with_original_masks(tmp_path):
+    spectrum, standard = ds_mvtec(tmp_path / "data", "metal_nut"), tmp_path / "standard.json"
+    for name, (image, mask) in spectrum.pairs.items():
+        if mask.any():
+            kind, stem = name.split("/")
+            save(tmp_path / f"mvtec/metal_nut/ground_truth/{kind}/{stem}_mask.png", (mask > 0) * 255)
+    standard.write_text(json.dumps({"object": "metal_nut", "native_size": [32, 32], "rules": [{"classes": ["bent"], "max_area_px": 0}]}))
+    for stage in ("large", "small"):
+        train.train(train.parse_args(["--stage", stage, "--data", str(spectrum.path), "--object", "metal_nut", "--out", str(tmp_path / "run"),
+                                      *TINY, "--size", "16", "24", "--fit", "pad"]))
+    sample.draw_pairs(sample.parse_args(["--run", str(tmp_path / "run"), "--count", "2", "--num-steps", "2"]))
+    metrics = go("inspection", "--run", tmp_path / "run", "--quick", "--standard", standard, "--original", tmp_path / "mvtec")
+    text = " ".join(metrics["inspection"]["text"])
+    assert f"those of {tmp_path / 'mvtec'}" in text and "Predictions are 16x16: one of their pixels counts 4 native ones" in text
+    assert "padding was cut off" in text and "split train: the first 5 images of each kind train" in text
 
 
 def test_training_images_are_never_scored(sampled):

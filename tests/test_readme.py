@@ -8,11 +8,12 @@ import sys
 import pytest
 
 from conftest import ROOT, make_data, run
+from layouts import defect_spectrum
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()
             if line.startswith("python ")]
-ORDER = ["inspect_rules", "datasets", "unet", "diffusion", "defect_gen", "segment", "train", "sample", "evaluate"]
+ORDER = ["inspect_rules", "drawn", "datasets", "unet", "diffusion", "defect_gen", "segment", "train", "sample", "evaluate"]
 # what a command is given at the end so that it takes seconds; the last of a repeated flag wins
 SHORT = {"train.py": "--preset tiny --size 16 16 --steps 2 --batch-size 2 --save-every 2", "sample.py": "--count 2 --num-steps 2",
          "evaluate.py": "--quick", "segment.py": "--size 32 32 --steps 2 --batch-size 2"}
@@ -25,6 +26,7 @@ def workplace(tmp_path_factory):
     for name in ORDER:
         shutil.copy(ROOT / f"{name}.py", place)
     make_data(place / "FOLDER")
+    defect_spectrum(place / "Defect_Spectrum")
     return place
 
 
@@ -32,7 +34,6 @@ def test_readme_commands_run(workplace):
     assert len(COMMANDS) > 8
     for command in COMMANDS:
         script, *flags = shlex.split(command)[1:]
-        flags = [f for f in flags if not f.startswith("--resume")]
         result = run(workplace / script, *flags, *shlex.split(SHORT.get(script, "")), cwd=workplace)
         allowed = (0, 1) if script == "inspect_rules.py" else (0,)              # 1: something was rejected
         assert result.returncode in allowed, f"{command}\n{result.stdout[-800:]}{result.stderr[-800:]}"

@@ -517,7 +517,7 @@ def test_the_command_scores_and_saves_a_network_that_comes_back(tmp_path, monkey
                                      "--batch-size", "2", "--device", "cpu", "--out", str(tmp_path / "out")])
     segment.main()
     printed, report = capsys.readouterr().out, json.loads((tmp_path / "out" / "segment.json").read_text())
-    assert "backbone weights: none" in printed and "6 images to train on" in printed
+    assert "backbone weights: none" in printed and "6 images (split train: the first 5 images of each kind train)" in printed
     assert list(report["iou"]) == ["background", "red", "blue", "dent"] and report["absent"] == ["dent"] and report["iou"]["dent"] is None
     assert (tmp_path / "out" / "predictions.png").stat().st_size > 0
     saved = torch.load(tmp_path / "out" / "segment.pt", weights_only=True)

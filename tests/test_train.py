@@ -16,8 +16,9 @@ def go(*flags):
     train.train(train.parse_args([*map(str, flags)]))
 
 
-def test_9_steps_and_11_more_are_20_bit_for_bit(data, tmp_path):
-    flags = ["--stage", "small", "--data", data, *TINY]
+@pytest.mark.parametrize("augment", ["", "flip,turn,crop"])
+def test_9_steps_and_11_more_are_20_bit_for_bit(data, tmp_path, augment):
+    flags = ["--stage", "small", "--data", data, *TINY, "--augment", augment]
     go(*flags, "--out", tmp_path / "whole", "--steps", 20)
     go(*flags, "--out", tmp_path / "parts", "--steps", 9)
     go(*flags, "--out", tmp_path / "parts", "--steps", 20, "--resume")
@@ -28,6 +29,22 @@ def test_9_steps_and_11_more_are_20_bit_for_bit(data, tmp_path):
         assert all(torch.equal(value, parts["optimizer"]["state"][key][name]) for name, value in state.items())
     steps = [int(row["step"]) for row in csv.DictReader((tmp_path / "parts/small/log.csv").open())]
     assert steps == [9, 10, 20]
+
+
+def test_augmentation_and_fit_are_stored_and_change_what_is_learned(data, tmp_path, capsys):
+    flags = ["--stage", "small", "--data", data, *TINY]
+    weights = {}
+    for name, extra in {"plain": [], "augmented": ["--augment", "flip"], "padded": ["--fit", "pad"]}.items():
+        go(*flags, "--out", tmp_path / name, *extra)
+        checkpoint = load_stage(tmp_path / name / "small", "small")
+        weights[name] = torch.cat([value.flatten() for value in checkpoint["model"].values()])
+    assert not any(torch.equal(weights["plain"], weights[name]) for name in ("augmented", "padded"))
+    assert checkpoint["config"]["fit"] == "pad" and checkpoint["config"]["augment"] == [] and "limit 4 GiB" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="fit was pad and is squash"):
+        go(*flags, "--out", tmp_path / "padded", "--resume", "--steps", 6)
+    with pytest.raises(SystemExit):
+        train.parse_args(["--stage", "small", "--augment", "flip,spin"])
+    assert "there are flip, turn, crop" in capsys.readouterr().err
 
 
 def test_every_image_comes_up_equally_often_whatever_the_batch():
@@ -61,7 +78,7 @@ def test_large_data_come_through_workers_in_the_same_order(data, tmp_path, monke
     dataset = open_dataset(data, (16, 16))
     arguments = (dataset, 3, 5, 4, 0, torch.device("cpu"))
     in_memory = list(train.batches(*arguments))
-    monkeypatch.setattr(train, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(train, "MEMORY_LIMIT", 0)
     for (images, masks), (loaded, loaded_masks) in zip(in_memory, train.batches(*arguments), strict=True):
         assert torch.equal(images, loaded) and torch.equal(masks.long(), loaded_masks)
 
