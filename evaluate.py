@@ -1,42 +1,47 @@
 """The experiments: are the generated pairs right, do they help a segmenter, and do better masks give better verdicts?
 
     python evaluate.py                              generation, segmentation and inspection on runs/demo
-    python evaluate.py segmentation --run runs/mine --seeds 3
+    python evaluate.py segmentation --run runs/mine --seeds 3 --arch all
     python evaluate.py --quick                      a run-through in a minute; its numbers mean nothing
 
 Training images are those the generator saw (the run's split); scoring images (--split) are others, which is checked.
-Results go to RUN/metrics.json, RUN/figures/ and RUN/report.html; experiments that were run before stay in the report.
+Results go to RUN/metrics.json, RUN/figures/ and RUN/report.html; experiments that were run before stay in the report, and trained
+segmenters' predictions stay in RUN/cells, so that an interrupted table goes on where it stopped.
 """
 import argparse
 import base64
+import hashlib
 import html
+import json
 import math
 import platform
 import statistics
 import time
+from functools import cached_property
 from pathlib import Path
 
 import torch
 import torchvision
+from PIL import Image, ImageDraw, ImageFont
 
-from datasets import (data_options, describe, has_bf16, open_dataset, overlay, pick_device, read_json, run_main, sheet, unfit,
+from datasets import (PALETTE, data_options, describe, has_bf16, open_dataset, overlay, pick_device, read_json, run_main, sheet, unfit,
                       write_atomically, write_image, write_json)
 from inspect_rules import STANDARDS, judge, load_standard, recall_fpr, verdict
-from segment import ARCHS, build, confusion_matrix, fit, miou, predict
+from segment import ARCHS, build, confusion_matrix, fit, load_backbone, miou, mix, predict
 
 
 class Setting:
-    """What all experiments share: the run, its training images, the scoring images and the generated pairs."""
+    """One run: its training images, the scoring images and the generated pairs."""
 
-    def __init__(self, args):
-        self.args, self.run = args, Path(args.run)
+    def __init__(self, args, run, data, out):
+        self.args, self.run, self.out = args, Path(run), out
         if not (self.run / "large" / "config.json").exists():
-            raise FileNotFoundError(f"--run {args.run}: no trained run there; train first: python train.py --stage large --out {args.run}")
+            raise FileNotFoundError(f"--run {run}: no trained run there; train first: python train.py --stage large --out {run}")
         self.config = read_json(self.run / "large" / "config.json")
         self.size, self.classes = tuple(self.config["size"]), tuple(self.config["classes"])
         self.device = pick_device(args.device)
         self.bf16 = self.device.type == "cuda" and has_bf16(self.device)      # on CPUs autocast slows the segmenters
-        self.data, self.fit = args.data or self.config["data"], self.config.get("fit", "squash")
+        self.data, self.fit = data or self.config["data"], self.config.get("fit", "squash")
         self.train, self.test = self.open(self.config["split"]), self.open(args.split)
         files = [{s.name if s.image is None else s.image.resolve() for s in part.samples} for part in (self.train, self.test)]
         shared = {str(file) for file in files[0] & files[1]}
@@ -55,7 +60,21 @@ class Setting:
         if not (samples / "classes.json").exists():
             raise FileNotFoundError(f"{samples}: no generated pairs; draw them first: python sample.py --run {self.run}")
         self.generated = open_dataset(samples, self.size)
-        self.predicted = {}         # (arch, trained on, seed) -> masks: the inspection reuses what the segmentation trained
+
+    @cached_property
+    def real(self):
+        """Training images and masks, in memory."""
+        return self.train.tensors()
+
+    @cached_property
+    def drawn(self):
+        """Generated images and masks, in memory."""
+        return self.generated.tensors()
+
+    @cached_property
+    def scored(self):
+        """Scoring images and masks, in memory."""
+        return self.test.tensors()
 
     def open(self, split, annotation="spectrum"):
         """The part of the data that a split names, read as the run read it."""
@@ -64,8 +83,13 @@ class Setting:
 
     def figure(self, name, picture, caption):
         """Write a picture beside the report and return the record that the report shows it by."""
-        write_image(self.run / "figures" / name, picture)
+        write_image(self.out / "figures" / name, picture)
         return {"file": name, "caption": caption}
+
+    def pictures(self, predictions, indices):
+        """Rows of a sheet: image, truth and each prediction for some of the scoring images."""
+        images, target = self.scored
+        return [(self.test.samples[i].kind, [images[i]] + [overlay(images[i], masks[i]) for masks in (target, *predictions)]) for i in indices]
 
 
 # --- generation ---
@@ -88,10 +112,11 @@ def class_table(classes, named_masks):
     return {"head": head, "rows": rows}, numbers
 
 
-def generation(setting, progress):
+def generation(settings, progress):
     """Generated beside real: pictures, nearest training images, and the share of each class."""
+    setting, = settings
     train, test = (part.subset(part.defective()).tensors() for part in (setting.train, setting.test))
-    drawn = setting.generated.tensors()
+    drawn = setting.drawn
     table, shares = class_table(setting.classes, {"training": train[1], "held out": test[1], "generated": drawn[1]})
 
     index, to_training = nearest(drawn[0], train[0])
@@ -110,7 +135,7 @@ def generation(setting, progress):
         "text": [f"{len(drawn[0])} generated pairs, {len(train[0])} training and {len(test[0])} held-out images with defects.",
                  "Median distance to the nearest training image (root mean square, grey levels of 255): "
                  f"generated {distances['generated']:.1f}, held-out real images {distances['held out']:.1f}. "
-                 "A copy has 0; much below the held-out value means that training images are repeated.",
+                 "A copy has 0. Well below the held-out value, the pictures repeat training images or are bland: look at them.",
                  f"{100 * empty:.0f} % of the generated pairs have an empty mask."],
         "tables": [{"caption": "Share of each class, images with defects", **table}],
         "figures": [setting.figure("nearest.png", sheet(rows, classes=setting.classes), "Generated pairs, and the training image "
@@ -128,60 +153,141 @@ def mean_spread(values):
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def train_and_predict(setting, arch, pool, images, masks, num_classes, seed):
-    """Masks that a segmenter trained on (images, masks), the data called `pool`, predicts for the scoring images."""
-    if (arch, pool, seed) not in setting.predicted:
-        net = build(arch, num_classes, seed).to(setting.device)
-        fit(net, images, masks, setting.args.steps, seed=seed, bf16=setting.bf16)
-        setting.predicted[arch, pool, seed] = predict(net, setting.test.tensors()[0], bf16=setting.bf16)
-    return setting.predicted[arch, pool, seed]
+def digest(*values):
+    """A short name for settings and tensors: the same ones, the same name."""
+    hashed = hashlib.sha256()
+    for value in values:
+        hashed.update(value.contiguous().numpy().tobytes() if isinstance(value, torch.Tensor) else json.dumps(value).encode())
+    return hashed.hexdigest()[:16]
 
 
-def segmentation(setting, progress):
-    """mIoU on real images, trained on real images alone and on real + generated ones, at the same number of optimiser steps."""
-    real, drawn, (images, target) = setting.train.tensors(), setting.generated.tensors(), setting.test.tensors()
-    count = min(len(real[0]), len(drawn[0]))                        # 1:1, near the best ratio in the paper's ablation
-    pools = {"real": real, "real + generated": [torch.cat([r, d[:count]]) for r, d in zip(real, drawn)]}
-    seeds, num_classes = range(setting.args.seeds), len(setting.classes)
-    rows, per_class, numbers, shown = [], [], {}, {}
-    for arch in ARCHS:
-        numbers[arch] = {}
+def train_and_predict(setting, arch, pairs, num_classes, seed):
+    """Masks that a segmenter trained on pairs = (images, masks) predicts for the scoring images.
+
+    A finished cell of the tables is kept in RUN/cells and not computed again while everything that made it is the same.
+    """
+    args, (scored, _) = setting.args, setting.scored
+    made_by = dict(arch=arch, num_classes=num_classes, seed=seed, steps=args.steps, weights=args.backbone_weights, bf16=setting.bf16)
+    path = setting.run / "cells" / f"{arch}_{digest(made_by, *pairs, scored)}.pt"
+    if path.exists():
+        try:
+            return torch.load(path, weights_only=True)["masks"]
+        except Exception:
+            print(f"{path}: damaged, computed again")
+    net = build(arch, num_classes, seed)
+    if args.backbone_weights:
+        load_backbone(net, args.backbone_weights)
+    fit(net.to(setting.device), *pairs, args.steps, seed=seed, bf16=setting.bf16)
+    masks = predict(net, scored, bf16=setting.bf16)
+    write_atomically(path, lambda p: torch.save({"made_by": made_by, "masks": masks}, p))
+    return masks
+
+
+def object_scores(setting, pools, progress):
+    """Train every network on every pool with every seed: {(arch, pool): [score per seed]}, and the last seed's masks."""
+    num_classes, scores, shown = len(setting.classes), {}, {}
+    for arch in setting.args.arch:
         for pool, pairs in pools.items():
-            scores = numbers[arch][pool] = []
-            for seed in seeds:
-                shown[arch, pool] = train_and_predict(setting, arch, pool, *pairs, num_classes, seed)
-                scores.append(miou(confusion_matrix(shown[arch, pool], target, num_classes)))
-                progress(f"{arch}, {pool}, seed {seed}: mIoU {100 * scores[-1]['miou']:.1f} %")
-            iou = [[score["iou"][k] for score in scores] for k in range(num_classes)]
-            per_class.append([arch, pool] + ["–" if math.isnan(values[0]) else mean_spread(values) for values in iou])
-        without, with_ = ([score["miou"] for score in numbers[arch][pool]] for pool in pools)
-        rows.append([arch, mean_spread(without), mean_spread(with_), mean_spread([b - a for a, b in zip(without, with_)])]
-                    + [mean_spread([score["miou_with_background"] for score in numbers[arch][pool]]) for pool in pools])
+            scores[arch, pool] = []
+            for seed in range(setting.args.seeds):
+                shown[arch, pool] = train_and_predict(setting, arch, pairs, num_classes, seed)
+                score = miou(confusion_matrix(shown[arch, pool], setting.scored[1], num_classes))
+                scores[arch, pool].append(score)
+                progress(f"{setting.test.name}, {arch}, {pool}, seed {seed}: mIoU {100 * score['miou']:.1f} %")
+    return scores, shown
 
-    absent = [setting.classes[k] for k in scores[0]["absent"]]
-    defects = setting.test.defective()
-    pictures = [(setting.test.samples[i].kind, [images[i]] + [overlay(images[i], m[i]) for m in (target, *shown.values())])
-                for i in defects[::max(1, len(defects) // 8)][:8]]
-    titles = ["image", "truth"] + [arch + (" +" if pool != "real" else "") for arch, pool in shown]
-    head = ["network", "real", "real + generated", "difference", "real, with background", "real + generated, with background"]
+
+def comparison(named_scores, archs, measure):
+    """One row per network; for each object, and for their mean, without | with | difference of a measure, paired by seed."""
+    head, rows = ["network"], [[arch] for arch in archs]
+    columns = [{key: [score[measure] for score in seeds] for key, seeds in scores.items()} for scores in named_scores.values()]
+    names = list(named_scores)
+    if len(columns) > 1:
+        columns.append({key: [statistics.mean(values) for values in zip(*(c[key] for c in columns))] for key in columns[0]})
+        names.append("mean of objects")
+    for name, column in zip(names, columns):
+        head += [f"{name}: real", "real + generated", "difference"]
+        for row in rows:
+            without, with_ = column[row[0], "real"], column[row[0], "real + generated"]
+            row += [mean_spread(without), mean_spread(with_), mean_spread([b - a for a, b in zip(without, with_)])]
+    return {"head": head, "rows": rows}
+
+
+def segmentation(settings, progress):
+    """mIoU on real images, trained on real images alone and on real + generated ones, at the same number of optimiser steps."""
+    args, named_scores, texts, tables, figures = settings[0].args, {}, [], [], []
+    for setting in settings:
+        count = min(1, len(setting.drawn[0]) / len(setting.real[0]))                # 1:1, near the best ratio in the paper's ablation
+        pools = {"real": setting.real, "real + generated": mix(setting.real, setting.drawn, count)}
+        scores, shown = object_scores(setting, pools, progress)
+        name = setting.run.name if setting.test.name in named_scores else setting.test.name
+        named_scores[name] = scores
+
+        absent = [setting.classes[k] for k in next(iter(scores.values()))[0]["absent"]]
+        texts.append(f"{name}: {len(setting.real[0])} real images, without and with {len(pools['real + generated'][0]) - len(setting.real[0])} "
+                     f"generated pairs; scored on {len(setting.scored[0])} real images."
+                     + (f" No pixel of {', '.join(absent)} in them: left out of the means." if absent else ""))
+        rows = [[*key] + ["–" if math.isnan(values[0]) else mean_spread(values) for values in zip(*(score["iou"] for score in seeds))]
+                for key, seeds in scores.items()]
+        tables.append({"caption": f"{name}: IoU per class in %", "head": ["network", "trained on", *setting.classes], "rows": rows})
+
+        defects, titles = setting.test.defective(), ["image", "truth"] + [a + (" +" if p != "real" else "") for a, p in shown]
+        wrong = sum((masks != setting.scored[1]).flatten(1).sum(1) for masks in shown.values())
+        worst = sorted(range(len(wrong)), key=lambda i: -wrong[i])[:6]
+        file = name.replace(":", "_")
+        for word, indices in (("evenly chosen", defects[::max(1, len(defects) // 6)][:6]), ("with the most wrong pixels", worst)):
+            picture = sheet(setting.pictures(shown.values(), indices), titles, setting.classes)
+            figures.append(setting.figure(f"segmentation_{file}_{word.split()[0]}.png", picture,
+                                          f"{name}, images {word}: predictions of the last seed; + was trained on real + generated"))
+        if args.ratios:
+            table, figure = ratio_sweep(setting, name, file, progress)
+            tables.append(table)
+            figures.append(figure)
+    captions = {"miou": "mIoU over the defect classes in %", "miou_with_background": "mIoU with background in %", "pixel_accuracy": "Pixel accuracy in %"}
+    tables = [{"caption": caption, **comparison(named_scores, args.arch, measure)} for measure, caption in captions.items()] + tables
     return {
         "title": "Segmentation",
-        "text": [f"Trained on {len(real[0])} real images, without and with {count} generated pairs, {setting.args.steps} optimiser steps "
-                 f"of 8 images either way; scored on {len(images)} real images. No pretrained backbone.",
-                 f"Mean ± standard deviation over {len(seeds)} seeds; the difference is paired by seed. mIoU is over the defect classes, "
-                 "from one confusion matrix over all scoring images."]
-                + ([f"No pixel of {', '.join(absent)} in the scoring images: left out of the means."] if absent else []),
-        "tables": [{"caption": "mIoU in %", "head": head, "rows": rows},
-                   {"caption": "IoU per class in %", "head": ["network", "trained on", *setting.classes], "rows": per_class}],
-        "figures": [setting.figure("segmentation.png", sheet(pictures, titles, setting.classes),
-                                   "Predictions of the last seed; + was trained on real + generated")],
-        "numbers": numbers}
+        "text": [*texts, f"{args.steps} optimiser steps of 8 images with and without generated pairs, the last weights are scored; backbone weights: "
+                 f"{args.backbone_weights or 'none'}. Mean ± standard deviation over {args.seeds} seeds; the difference is paired by seed. "
+                 "One confusion matrix over all scoring images."],
+        "tables": tables, "figures": figures,
+        "numbers": {name: {" | ".join(key): seeds for key, seeds in scores.items()} for name, scores in named_scores.items()}}
+
+
+def ratio_sweep(setting, name, file, progress):
+    """mIoU against the number of generated pairs per real one: a table and a plot with one line per network."""
+    pools = {f"{ratio:g} %": mix(setting.real, setting.drawn, ratio / 100) for ratio in (0, *setting.args.ratios)}
+    scores, _ = object_scores(setting, pools, progress)
+    values = {arch: [[score["miou"] for score in scores[arch, pool]] for pool in pools] for arch in setting.args.arch}
+    lines = {arch: [100 * statistics.mean(v) for v in column] for arch, column in values.items()}
+    caption = f"{name}: mIoU in % against generated pairs per real one"
+    return ({"caption": caption, "head": ["network", *pools], "rows": [[arch, *map(mean_spread, column)] for arch, column in values.items()]},
+            setting.figure(f"ratios_{file}.png", plot((0, *setting.args.ratios), lines), caption))
+
+
+def plot(x, lines, size=(640, 360)):
+    """Lines {name: values at x} as a PIL picture with axes from the least to the most value."""
+    picture, font = Image.new("RGB", size, "white"), ImageFont.load_default(13)
+    pen, (left, top, right, bottom) = ImageDraw.Draw(picture), (60, 20, size[0] - 140, size[1] - 40)
+    low, high = (f(v for values in lines.values() for v in values) for f in (min, max))
+    at = lambda a, v: (left + (right - left) * (a - x[0]) / ((x[-1] - x[0]) or 1), bottom - (bottom - top) * (v - low) / ((high - low) or 1))
+    pen.rectangle((left, top, right, bottom), outline="gray")
+    for value in (low, (low + high) / 2, high):
+        pen.text((left - 8, at(x[0], value)[1]), f"{value:.1f}", "gray", font, anchor="rm")
+    for a in x:
+        pen.text((at(a, low)[0], bottom + 8), f"{a:g}", "gray", font, anchor="ma")
+    for i, (name, values) in enumerate(lines.items(), 1):
+        colour = tuple(PALETTE[i].tolist())
+        pen.line([at(a, v) for a, v in zip(x, values)], colour, 3)
+        pen.text((right + 10, top + 18 * i), name, colour, font)
+    return picture
 
 
 # --- inspection ---
 
-def inspection(setting, progress):
+def inspection(settings, progress):
     """Recall and false positive rate of verdicts: segmenters trained on the original and on the spectrum annotation."""
+    setting, = settings
     name = setting.args.standard or setting.test.name.split(":")[-1]
     if name not in STANDARDS and not Path(name).is_file():
         return {"title": "Inspection", "tables": [], "figures": [], "numbers": {},
@@ -191,18 +297,17 @@ def inspection(setting, progress):
     truth = [verdict(judge(setting.test.read(i)[1].numpy(), standard, setting.classes, image)) for i, image in enumerate(names)]
     progress(f"truth from masks at native size: {truth.count('reject')} of {len(truth)} are to be rejected")
 
-    exact = setting.train.tensors()
+    exact = setting.real
     drawn = str(setting.data).startswith("drawn:")
     old = drawn or setting.args.original
     coarse = setting.open(setting.config["split"], "original").tensors() if old else (exact[0], (exact[1] > 0).to(torch.uint8))
-    ways = {"original": ("original annotation", coarse, 2, lambda mask, image: "reject" if mask.any() else "accept"),
-            "spectrum": ("real", exact, len(setting.classes),
-                         lambda mask, image: verdict(judge(mask, standard, setting.classes, image)))}
+    ways = {"original": (coarse, 2, lambda mask, image: "reject" if mask.any() else "accept"),
+            "spectrum": (exact, len(setting.classes), lambda mask, image: verdict(judge(mask, standard, setting.classes, image)))}
     rows, numbers = [], {}
-    for way, (pool, pairs, num_classes, decide) in ways.items():
+    for way, (pairs, num_classes, decide) in ways.items():
         results = numbers[way] = []
         for seed in range(setting.args.seeds):
-            pred = train_and_predict(setting, "deeplabv3+", pool, *pairs, num_classes, seed)
+            pred = train_and_predict(setting, "deeplabv3+", pairs, num_classes, seed)
             pred = [unfit(mask, setting.test.native_size(i), setting.fit) for i, mask in enumerate(pred)]
             results.append(recall_fpr(truth, [decide(mask, image) for mask, image in zip(pred, names)]))
             progress(f"{way} annotation, seed {seed}")
@@ -271,19 +376,38 @@ EXPERIMENTS = {"generation": generation, "segmentation": segmentation, "inspecti
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Run the experiments of a trained run and write its report.")
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=f"{' | '.join(EXPERIMENTS)} (default: all)")
-    parser.add_argument("--run", default="runs/demo", help="run folder with generated pairs in RUN/samples (default: %(default)s)")
-    parser.add_argument("--data", help="the data set (default: the one the run was trained on)")
+    parser.add_argument("--run", action="append", help="run folder with generated pairs in RUN/samples; given several times, the "
+                        "segmentation has columns for each and for their mean (default: runs/demo)")
+    parser.add_argument("--data", action="append", help="the data set, once for each --run (default: the one the run was trained on)")
+    parser.add_argument("--out", help="where the report goes (default: the run folder; of several: their names joined by +)")
     parser.add_argument("--original", metavar="MVTEC_DIR", help="MVTec AD's folder: the inspection compares with its masks (data: DS-MVTec)")
     parser.add_argument("--split", default="test", help="images to score on: a list of split.json, or test (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="segmenters trained per cell (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=100, help="optimiser steps of each segmenter (default: %(default)s)")
+    parser.add_argument("--arch", default="deeplabv3+,segformer", help=f"networks of the segmentation, joined by commas: {', '.join(ARCHS)}, "
+                        "or all (default: %(default)s)")
+    parser.add_argument("--ratios", help="also compare these percentages of generated to real pairs, like 20,50,100,200,300")
+    parser.add_argument("--backbone-weights", metavar="FILE", help="state dict for the backbone, or imagenet; see segment.py (default: none)")
     parser.add_argument("--standard", help="JSON file or name of the standard for the inspection (default: that of the object)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
     parser.add_argument("--quick", action="store_true", help="one seed, 2 steps, 8 scoring images: shows that everything runs")
     args = parser.parse_args(argv)
-    unknown = [e for e in args.experiments if e not in EXPERIMENTS]
-    if unknown:
-        raise ValueError(f"unknown experiment {', '.join(unknown)}; there are {', '.join(EXPERIMENTS)}")
+    args.run = args.run or ["runs/demo"]
+    args.data = args.data or [None] * len(args.run)
+    args.arch = list(ARCHS) if args.arch == "all" else args.arch.split(",")
+    args.experiments = args.experiments or (list(EXPERIMENTS) if len(args.run) == 1 else ["segmentation"])
+    for what, names, known in (("experiment", args.experiments, EXPERIMENTS), ("network", args.arch, ARCHS)):
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise ValueError(f"unknown {what} {', '.join(unknown)}; there are {', '.join(known)}")
+    if len(args.run) > 1 and args.experiments != ["segmentation"]:
+        raise ValueError(f"only the segmentation takes several --run, not {', '.join(args.experiments)}")
+    if len(args.data) != len(args.run):
+        raise ValueError(f"--data was given {len(args.data)} times and --run {len(args.run)} times; give one for each run, or none")
+    try:
+        args.ratios = [float(ratio) for ratio in args.ratios.split(",")] if args.ratios else []
+    except ValueError:
+        raise ValueError(f"--ratios {args.ratios}: expected percentages joined by commas, like 20,50,100") from None
     if args.seeds < 1 or args.steps < 1:
         raise ValueError("--seeds and --steps must be at least 1")
     if args.quick:
@@ -292,31 +416,35 @@ def parse_args(argv=None):
 
 
 def evaluate(args):
-    setting = Setting(args)
-    path = setting.run / "metrics.json"
+    """Run the experiments one after the other; each is in metrics.json and report.html as soon as it is finished."""
+    runs = [Path(run) for run in args.run]
+    out = Path(args.out) if args.out else runs[0] if len(runs) == 1 else runs[0].parent / "+".join(run.name for run in runs)
+    settings = [Setting(args, run, data, out) for run, data in zip(runs, args.data)]
+    path = out / "metrics.json"
     metrics = read_json(path) if path.exists() else {}
-    for name in args.experiments or EXPERIMENTS:
+    for name in args.experiments:
         start = time.perf_counter()
         print(f"--- {name}", flush=True)
 
         def progress(text):
             print(f"{time.perf_counter() - start:6.0f} s  {text}", flush=True)
 
-        result = EXPERIMENTS[name](setting, progress)
-        result["text"].append(setting.splits)
+        result = EXPERIMENTS[name](settings, progress)
+        result["text"] += [setting.splits for setting in settings]
         result["settings"] = {
-            "data": setting.data, "training split": setting.config["split"], "scoring split": args.split, "size": setting.size,
-            "segmenter steps": args.steps, "seeds": f"0 to {args.seeds - 1}", "time": f"{time.perf_counter() - start:.0f} s",
-            "device": f"{setting.device} ({platform.machine()}, {torch.get_num_threads()} threads)", "torch": torch.__version__,
+            "runs": ", ".join(args.run), "data": ", ".join(setting.data for setting in settings), "scoring split": args.split,
+            "size": " and ".join("x".join(map(str, setting.size)) for setting in settings), "segmenter steps": args.steps,
+            "seeds": f"0 to {args.seeds - 1}", "time": f"{time.perf_counter() - start:.0f} s",
+            "device": f"{settings[0].device} ({platform.machine()}, {torch.get_num_threads()} threads)", "torch": torch.__version__,
             "torchvision": torchvision.__version__, **({"quick": "the numbers mean nothing"} if args.quick else {})}
         metrics[name] = result
-        write_json(path, metrics)                   # after each experiment: what is finished is kept
-        write_report(setting.run, {key: metrics[key] for key in EXPERIMENTS if key in metrics})
+        write_json(path, metrics)
+        write_report(out, {key: metrics[key] for key in EXPERIMENTS if key in metrics})
         for text in result["text"]:
             print(text)
         for table in result["tables"]:
             print_table(table)
-    print(f"report: {setting.run / 'report.html'}")
+    print(f"report: {out / 'report.html'}")
 
 
 def print_table(table):

@@ -33,7 +33,7 @@ def test_all_three_with_a_standard_of_ones_own(sampled, tmp_path, capsys):
     report = (sampled / "report.html").read_text()
     assert all(word in report for word in ("Generation", "Segmentation", "Inspection", "data:image/png;base64", "the numbers mean nothing"))
     assert "http" not in report                                     # self-contained
-    for figure in ("nearest.png", "real.png", "segmentation.png"):
+    for figure in ("nearest.png", "real.png", "segmentation_bolt_evenly.png", "segmentation_bolt_with.png"):
         assert picture(sampled / "figures" / figure).std() > 0
     table = metrics["inspection"]["numbers"]["spectrum"][0]
     assert sum(table[key] for key in ("tp", "fn", "fp", "tn")) == 9 and table["tp"] + table["fn"] == 3      # cracks are not allowed, dirt is small
@@ -75,7 +75,10 @@ def test_training_images_are_never_scored(sampled):
 
 
 @pytest.mark.parametrize("flags, message", [(["generations"], "unknown experiment generations"), (["--split", "val"], "no split 'val'"),
-                                            (["--seeds", "0"], "at least 1"), (["--data", "drawn:pill"], "was trained with background, crack"),
+                                            (["--seeds", "0"], "at least 1"), (["--arch", "unet"], "unknown network unet"),
+                                            (["--ratios", "half"], "--ratios half"), (["segmentation", "--ratios", "9000"], "generate more"),
+                                            (["--data", "a", "--data", "b"], "--data was given 2 times and --run 1"),
+                                            (["generation", "--run", "other"], "only the segmentation takes several"), (["--data", "drawn:pill"], "was trained with background, crack"),
                                             (["inspection", "--standard", "nowhere.json"], "no standard|nowhere.json")])
 def test_bad_flags_are_one_sentence(sampled, flags, message):
     if "--standard" in flags:
@@ -90,6 +93,46 @@ def test_missing_parts_name_the_command_that_makes_them(trained, tmp_path):
         go("--run", tmp_path)
     with pytest.raises(FileNotFoundError, match="draw them first: python sample.py"):
         go("--run", trained)
+
+
+def test_a_finished_cell_is_not_computed_again(sampled, monkeypatch):
+    flags = ("segmentation", "--run", sampled, "--quick", "--arch", "segformer", "--ratios", "20,80")
+    first = go(*flags)["segmentation"]
+    assert [row[0] for row in first["tables"][0]["rows"]] == ["segformer"] and first["tables"][-1]["head"] == ["network", "0 %", "20 %", "80 %"]
+    assert picture(sampled / "figures/ratios_bolt.png").std() > 0
+    fitted = []
+    monkeypatch.setattr(evaluate, "fit", lambda *a, fit=evaluate.fit, **k: fitted.append(0) or fit(*a, **k))
+    again = go(*flags)["segmentation"]
+    assert again["numbers"] == first["numbers"] and not fitted
+    next((sampled / "cells").glob("segformer_*.pt")).write_bytes(b"half a file")
+    assert go(*flags)["segmentation"]["numbers"] == first["numbers"] and len(fitted) == 1
+    go(*flags, "--split", "test", "--steps", "3")                   # --quick wins: the same cells
+    assert len(fitted) == 1
+
+
+def test_what_makes_a_cell_is_in_its_name(sampled):
+    a = torch.zeros(2, 3, dtype=torch.uint8)
+    names = {evaluate.digest(1, a), evaluate.digest(2, a), evaluate.digest(1, a + 1), evaluate.digest({"x": 1}, a)}
+    assert len(names) == 4 and evaluate.digest(1, a) in names
+
+
+def test_several_runs_are_columns_with_their_mean(sampled, tmp_path):
+    other = shutil.copytree(sampled, tmp_path / "other")
+    metrics = json.loads((evaluate.evaluate(evaluate.parse_args(
+        ["--run", str(sampled), "--run", str(other), "--out", str(tmp_path / "both"), "--quick", "--arch", "segformer"])),
+        tmp_path / "both/metrics.json")[1].read_text())
+    table = metrics["segmentation"]["tables"][0]
+    assert table["head"][1::3] == ["bolt: real", "other: real", "mean of objects: real"]
+    assert table["rows"][0][1] == table["rows"][0][4] == table["rows"][0][7]            # the same data twice
+    assert list(metrics) == ["segmentation"] and (tmp_path / "both/report.html").exists()
+
+
+def test_comparison_is_paired_by_seed_and_averaged_over_objects():
+    scores = {"a": {("n", "real"): [{"m": 0.2}, {"m": 0.4}], ("n", "real + generated"): [{"m": 0.3}, {"m": 0.5}]},
+              "b": {("n", "real"): [{"m": 0.6}, {"m": 0.8}], ("n", "real + generated"): [{"m": 0.5}, {"m": 0.9}]}}
+    row = evaluate.comparison(scores, ["n"], "m")["rows"][0]
+    assert row == ["n", "30.0 ± 14.1", "40.0 ± 14.1", "10.0 ± 0.0", "70.0 ± 14.1", "70.0 ± 28.3", "0.0 ± 14.1",
+                   "50.0 ± 14.1", "55.0 ± 21.2", "5.0 ± 7.1"]                # of the means per seed: 40, 60; 40, 70; 0, 10
 
 
 def test_nearest_is_the_root_mean_square_distance():
