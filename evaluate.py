@@ -110,7 +110,7 @@ def generation(setting, progress):
         "text": [f"{len(drawn[0])} generated pairs, {len(train[0])} training and {len(test[0])} held-out images with defects.",
                  "Median distance to the nearest training image (root mean square, grey levels of 255): "
                  f"generated {distances['generated']:.1f}, held-out real images {distances['held out']:.1f}. "
-                 "A copy has 0; much below the held-out value means that training images are repeated.",
+                 "A copy has 0. Well below the held-out value, the pictures repeat training images or are bland: look at them.",
                  f"{100 * empty:.0f} % of the generated pairs have an empty mask."],
         "tables": [{"caption": "Share of each class, images with defects", **table}],
         "figures": [setting.figure("nearest.png", sheet(rows, classes=setting.classes), "Generated pairs, and the training image "
