@@ -947,16 +947,22 @@ def audit(dataset):
 
     "area" of a class is its [least, median, most] pixels per image that has it: two scratches on one photo count as one.
     """
-    areas, sizes, prints, annotated, several, empty = {c: [] for c in dataset.classes}, {}, {}, 0, 0, []
-    problems = [f"{what}: {file}" for what, file in dataset.problems]
-    for i, sample in enumerate(dataset.samples):
+    def measure(i):
         try:
             image, mask = dataset.read(i)
+            return tuple(mask.shape), fingerprint(image), torch.bincount(mask.flatten(), minlength=len(dataset.classes)).tolist()
         except ValueError as error:
-            problems.append(str(error))
+            return str(error)
+
+    areas, sizes, prints, annotated, several, empty = {c: [] for c in dataset.classes}, {}, {}, 0, 0, []
+    problems = [f"{what}: {file}" for what, file in dataset.problems]
+    with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
+        measured = list(pool.map(measure, range(len(dataset))))
+    for sample, found in zip(dataset.samples, measured):
+        if isinstance(found, str):
+            problems.append(found)
             continue
-        count = torch.bincount(mask.flatten(), minlength=len(dataset.classes)).tolist()
-        sizes[sample.name], prints[sample.name] = tuple(mask.shape), fingerprint(image)
+        sizes[sample.name], prints[sample.name], count = found
         for name, pixels in zip(dataset.classes, count):
             areas[name] += [pixels] if pixels else []
         annotated += any(count[1:])
