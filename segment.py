@@ -772,7 +772,7 @@ def main():
     parser.add_argument("--test-split", default="test", help="the images to score on (default: %(default)s)")
     parser.add_argument("--arch", default="segformer", help=f"{' | '.join(ARCHS)} (default: %(default)s)")
     parser.add_argument("--size", type=int, nargs=2, default=(64, 64), metavar=("H", "W"), help="resize to this (default: 64 64)")
-    parser.add_argument("--steps", type=int, default=400, help="training steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="training steps (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="images per step (default: %(default)s)")
     parser.add_argument("--lr", type=float, help="learning rate of AdamW (default: 1e-3, mask2former 3e-4)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, drawing and augmentation (default: %(default)s)")
