@@ -127,7 +127,11 @@ def read_mask(path, classes, label=None):
         picture = _open(path)
         if picture.mode not in ("1", "L", "P", "I", "I;16"):
             raise ValueError(f"{path}: a binary mask has one channel, this one is {picture.mode} (a colour picture?)")
-        return ((np.array(picture) >= (1 if picture.mode == "1" else 128)) * label).astype(np.uint8)
+        values = np.array(picture) * (255 if picture.mode == "1" else 1)
+        if 0 < values.max(initial=0) < 128:
+            raise ValueError(f"{path}: a binary mask is 0 and 255, this one is 0 to {values.max()}; are its values class indices? "
+                             f"Then it needs another layout, see README, 'Your own data'")
+        return ((values >= 128) * label).astype(np.uint8)
     mask = inspect_rules.read_mask(path, classes)
     if mask.max(initial=0) >= len(classes) or mask.min(initial=0) < 0:
         raise ValueError(f"{path}: mask has the values {np.unique(mask)[:12].tolist()} but the class list has 0..{len(classes) - 1} "
@@ -310,8 +314,9 @@ class DefectDataset:
         return self._classes_in[sample.name]
 
     def defective(self):
-        """Indices of the images with a defect. Kinds tell where there are kinds, masks are read where there are none."""
-        return [i for i, s in enumerate(self.samples) if s.kind not in NO_DEFECT and (s.kind != ALL or self.classes_in(i) != ())]
+        """Indices of the images with a defect: their masks are not empty. Kinds tell where there are no mask files."""
+        return [i for i, s in enumerate(self.samples) if s.kind not in NO_DEFECT
+                and (s.mask is None and s.kind != ALL or self.classes_in(i) != ())]
 
     def read_mask(self, i, shape):
         """Mask i as stored, uint8 (H, W); `shape` is that of its image, for masks that no file holds."""
@@ -369,10 +374,17 @@ class DefectDataset:
         if self.size is None:
             raise ValueError("tensors() needs open_dataset(..., size=(H, W)): images of different sizes do not stack")
         pairs, errors = self._read_all(lambda pair: pair)
+        self._raise(errors)
+        return torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
+
+    def check(self):
+        """Decode every sample once, keep none: every bad file is named in one error."""
+        self._raise(self._read_all(lambda pair: None)[1])
+
+    def _raise(self, errors):
         if errors:
             raise ValueError(f"{len(errors)} of {len(self)} samples of {self.name} cannot be used (--skip-bad leaves them out):\n  "
                              + "\n  ".join(errors[:8]) + (f"\n  and {len(errors) - 8} more" if len(errors) > 8 else ""))
-        return torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs])
 
     def readable(self):
         """The samples that can be read, every file decoded once to find out; the others are in notes."""
@@ -447,6 +459,8 @@ def open_dataset(spec, size=None, split=None, object=None, annotation="spectrum"
         skip_bad: leave out files without a partner and samples that cannot be read (each is decoded once to find out).
     Raises: FileNotFoundError, ValueError: a sentence that names the folder and what it should hold.
     """
+    if size is not None and min(size) < 1:
+        raise ValueError(f"--size {size[0]} {size[1]}: height and width must be at least 1")
     dataset = find_dataset(spec, object, annotation, original, layout)
     if dataset.problems and not skip_bad:
         kinds = {what: [file for w, file in dataset.problems if w == what] for what, _ in dataset.problems}
@@ -480,6 +494,9 @@ def find_dataset(spec, object=None, annotation="spectrum", original=None, layout
         found.classes = CLASS_TABLES.get(name) or classes_of_values(root, found.samples)
     if (root / "split.json").exists():
         splits, rule = read_json(root / "split.json"), "split.json"
+        if not (isinstance(splits, dict) and splits and all(isinstance(names, list) and all(isinstance(n, str) for n in names)
+                                                            for names in splits.values())):
+            raise ValueError(f'{root / "split.json"}: expected {{"train": ["<kind>/<stem>", ...], "test": [...]}}')
     else:
         splits, rule = found.splits, "official, by the folders on disk" if found.splits else "all images"
     dataset = DefectDataset(name, found.classes, found.samples, layout=layout, splits=splits, split_rule=rule, notes=found.notes,
@@ -492,9 +509,11 @@ def classes_of_values(root, samples):
     top = 0
     for path in (s.mask for s in samples if isinstance(s.mask, Path)):
         try:
-            top = max(top, int(np.array(_open(path)).max()))
+            picture = _open(path)
         except ValueError:
             continue                                                # reported when the sample is read
+        if len(picture.getbands()) == 1:                            # a colour mask is reported then, too
+            top = max(top, int(np.array(picture).max()))
     if top > 64:
         raise ValueError(f"{root}: there is no classes.json and a mask holds the value {top}. Index masks hold 0..K; if these are "
                          f"0/255 masks of one defect class, say --layout binary. See README, 'Your own data'")
@@ -737,7 +756,8 @@ def pick_object(spec, name):
     if len(fits) == 1:
         return objects[fits[0]]
     if not fits:
-        raise FileNotFoundError(f"--object {name}: not in {root}; there are {listed(objects, 60)}")
+        raise FileNotFoundError(f"--object {name}: " + (f"{root} is one object itself, leave --object out" if list(objects) == [""] else
+                                                        f"not in {root}; there are {listed(objects, 60)}"))
     raise ValueError(f"--data {root} holds {len(fits)} data sets{' of that name' if name else ''}; choose one with --object: {listed(fits, 60)}")
 
 
@@ -775,7 +795,12 @@ def write_atomically(path, write):
 
 
 def write_json(path, value):
-    write_atomically(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))
+    """Write plain values; not-a-number becomes null, which JSON has."""
+    def plain(v):
+        if isinstance(v, dict):
+            return {key: plain(part) for key, part in v.items()}
+        return [plain(part) for part in v] if isinstance(v, (list, tuple)) else None if isinstance(v, float) and math.isnan(v) else v
+    write_atomically(path, lambda p: p.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n"))
 
 
 def write_image(path, image):
@@ -808,9 +833,14 @@ def write_classes(folder, classes):
 
 # --- pictures for the eye ---
 
+def colour_index(k):
+    """Row of PALETTE of class k: 0 is black and background's alone, more classes than colours begin again."""
+    return (k > 0) * (1 + (k - 1) % (len(PALETTE) - 1))
+
+
 def colorize(mask):
     """Mask (H, W) -> uint8 (3, H, W), one colour per class, black background."""
-    return PALETTE[np.asarray(mask) % len(PALETTE)].transpose(2, 0, 1)
+    return PALETTE[colour_index(np.asarray(mask))].transpose(2, 0, 1)
 
 
 def overlay(image, mask, strength=0.55):
@@ -847,7 +877,7 @@ def sheet(rows, titles=(), classes=(), tile=128):
     x = 4
     for i, name in enumerate(classes[1:], 1):
         y = canvas.height - 20
-        pen.rectangle((x, y, x + 14, y + 14), tuple(PALETTE[i % len(PALETTE)].tolist()))
+        pen.rectangle((x, y, x + 14, y + 14), tuple(PALETTE[colour_index(i)].tolist()))
         pen.text((x + 18, y - 1), name, "black", font)
         x += 30 + int(font.getlength(name))
     return canvas
@@ -905,6 +935,9 @@ def run_main(main):
         status = main()
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except torch.OutOfMemoryError:
+        print("error: the device's memory is full; lower --batch-size or --size", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -1040,7 +1073,7 @@ def bench(dataset, sizes=(64, 256), most=64, repeats=200):
     """Print images per second: read from files, from memory, augmented, and by a plain loop of PIL and torchvision."""
     dataset = dataset.subset(range(min(most, len(dataset))))
     paths = [(s.image, s.mask if isinstance(s.mask, Path) else s.image) for s in dataset.samples]
-    if None in paths[0]:
+    if not paths or None in paths[0]:
         raise ValueError("--bench measures reading files; the drawn data have none")
     for pair in paths:                                              # both ways find the files in the system's cache
         for path in pair:
@@ -1082,7 +1115,7 @@ def main():
                         "several objects (default: %(default)s)")
     parser.add_argument("--bench", action="store_true", help="measure reading instead: images/s beside a plain PIL + torchvision loop")
     args = parser.parse_args()
-    several = not (args.data.startswith("drawn:") or args.object or args.layout) and find_objects(Path(args.data))
+    several = Path(args.data).is_dir() and not (args.object or args.layout) and find_objects(Path(args.data))
     names = list(several) if several and len(several) > 1 else [args.object]
     reports, path = {}, Path(args.sheet)
     for name in names:

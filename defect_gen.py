@@ -11,6 +11,7 @@ Image and mask are denoised together, as the channels of one picture:
     python defect_gen.py [--run runs/demo]      draws one trajectory through the switch (without a run: of an exact denoiser)
 """
 import argparse
+import hashlib
 import math
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def save_stage(path, stage, net, ema, optimizer, step, config):
 
 def checkpoints(folder):
     """The step_NNNNNN.pt of a stage's folder, oldest first."""
-    return sorted(Path(folder).glob("step_*.pt"), key=lambda p: int(p.stem.split("_")[1]))
+    return sorted(Path(folder).glob("step_" + "[0-9]" * 6 + ".pt"), key=lambda p: int(p.stem.split("_")[1]))
 
 
 def load_stage(folder, stage, device="cpu"):
@@ -97,31 +98,40 @@ class DefectGen:
         images, masks = generator.sample(seeds=[0, 1, 2, 3])
     """
 
-    def __init__(self, large, small, config, trained_steps):
+    def __init__(self, large, small, config):
         self.large, self.small, self.config = large.eval(), small.eval(), config
         self.classes, self.size = tuple(config["classes"]), tuple(config["size"])
         self.alphas_cumprod = schedule(config["T"], config["schedule"])
         self.device = next(large.parameters()).device
-        self.trained_steps = trained_steps
 
     @classmethod
     def load(cls, run, device="cpu"):
         """Read both stages of a run folder, EMA weights. Raises where one is missing or the two do not fit together."""
         if not Path(run).is_dir():
             raise FileNotFoundError(f"--run {run}: no such folder; train first: python train.py --stage large --out {run}")
-        nets, configs, steps = [], [], []
+        nets, configs = [], []
         for stage in STAGES:
             checkpoint = load_stage(Path(run) / stage, stage, device)
             net = UNet(**checkpoint["network"]).to(device)
             net.load_state_dict(checkpoint["ema"], strict=True)
             nets.append(net)
             configs.append(checkpoint["config"])
-            steps.append(checkpoint["step"])
+        if configs[0]["images"] != configs[1]["images"]:
+            raise ValueError(f"{run}: the stages do not fit together: they were trained on different images ({configs[0]['data']}, split "
+                             f"{configs[0]['split']}, and {configs[1]['data']}, split {configs[1]['split']}); scores would prove nothing")
         for key in ("classes", "channels", "size", "T", "schedule", "target"):
             if configs[0][key] != configs[1][key]:
                 raise ValueError(f"{run}: the stages do not fit together: {key} is {configs[0][key]} in large and {configs[1][key]} in "
                                  f"small; train both with the same data and size")
-        return cls(*nets, configs[0], steps)
+        return cls(*nets, configs[0])
+
+    def fingerprint(self):
+        """A short name of the weights: pairs of one folder must come from the same ones."""
+        hashed = hashlib.sha256()
+        for net in (self.large, self.small):
+            for value in net.state_dict().values():
+                hashed.update(value.cpu().numpy().tobytes())
+        return hashed.hexdigest()[:16]
 
     def denoiser(self, net):
         """f(x_t, t) -> x_0 of one network, whatever it was trained to predict; under bf16 autocast if it was trained so."""

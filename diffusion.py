@@ -343,8 +343,11 @@ def main():
         print(f"{t:5} {alphas_cumprod[t].item():15.6g} {snr_db:8.1f}  {'large' if t >= args.switch_t else 'small'}")
     calls = sum(t >= args.switch_t for t in steps)
     print(f"calls: large {calls}, small {len(steps) - calls}")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    draw_schedule(alphas_cumprod, steps, args.switch_t).save(args.out)
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        draw_schedule(alphas_cumprod, steps, args.switch_t).save(args.out)
+    except (OSError, ValueError) as error:
+        parser.error(f"--out {args.out}: cannot be written ({error})")
     print(f"picture: {args.out}")
 
 

@@ -390,7 +390,10 @@ def main():
         pictures = [draw(name, args.seed, index, (args.size, args.size)) for index in range(len(product.kinds))]
         rows.append(np.hstack([image for image, *_ in pictures]))
         print(f"{name}:", *(f"  {kind}: {caption}" for *_, kind, caption in pictures), sep="\n")
-    Image.fromarray(np.vstack(rows)).save(args.out)
+    try:
+        Image.fromarray(np.vstack(rows)).save(args.out)
+    except (OSError, ValueError) as error:
+        parser.error(f"--out {args.out}: cannot be written ({error})")
     print(f"picture: {args.out}")
 
 

@@ -43,6 +43,9 @@ class Setting:
         self.bf16 = self.device.type == "cuda" and has_bf16(self.device)      # on CPUs autocast slows the segmenters
         self.data, self.fit = data or self.config["data"], self.config.get("fit", "squash")
         self.train, self.test = self.open(self.config["split"]), self.open(args.split)
+        if not self.test.defective():
+            raise ValueError(f"{self.data}: no image with a defect in --split {args.split}; nothing to score on. Keep some of the images out of "
+                             f"training with a split.json (README, 'Your own data')")
         files = [{s.name if s.image is None else s.image.resolve() for s in part.samples} for part in (self.train, self.test)]
         shared = {str(file) for file in files[0] & files[1]}
         if shared:
@@ -51,6 +54,9 @@ class Setting:
         if self.train.classes != self.classes:
             raise ValueError(f"{self.data} has the classes {', '.join(self.train.classes)}, but {self.run} was trained with "
                              f"{', '.join(self.classes)}")
+        if self.config["images"] != [self.train.samples[i].name for i in self.train.defective()]:
+            raise ValueError(f"{self.data}: its split {self.config['split']} is no longer the {len(self.config['images'])} images that {run} was "
+                             f"trained on; scores could be of training images. Restore the folder, or train again")
         self.splits = (f"{self.train.name}: trained on {len(self.train)} images ({self.train.split_rule}), scored on others, "
                        f"{len(self.test)} of {self.test.split_rule}.")
         print(describe(self.train), describe(self.test), sep="\n")
@@ -60,6 +66,8 @@ class Setting:
         if not (samples / "classes.json").exists():
             raise FileNotFoundError(f"{samples}: no generated pairs; draw them first: python sample.py --run {self.run}")
         self.generated = open_dataset(samples, self.size)
+        if self.generated.classes != self.classes:
+            raise ValueError(f"{samples} has other classes than {run}: it was drawn by another run; remove it and run sample.py again")
 
     @cached_property
     def real(self):
@@ -79,7 +87,9 @@ class Setting:
     def open(self, split, annotation="spectrum"):
         """The part of the data that a split names, read as the run read it."""
         original = self.args.original if annotation == "original" else None
-        return open_dataset(self.data, self.size, split, annotation=annotation, original=original, **data_options(self.config))
+        options = data_options(self.config)
+        options["skip_bad"] = options["skip_bad"] or self.args.skip_bad
+        return open_dataset(self.data, self.size, split, annotation=annotation, original=original, **options)
 
     def figure(self, name, picture, caption):
         """Write a picture beside the report and return the record that the report shows it by."""
@@ -289,9 +299,10 @@ def inspection(settings, progress):
     """Recall and false positive rate of verdicts: segmenters trained on the original and on the spectrum annotation."""
     setting, = settings
     name = setting.args.standard or setting.test.name.split(":")[-1]
-    if name not in STANDARDS and not Path(name).is_file():
+    if not setting.args.standard and not (name in STANDARDS and {c for rule in STANDARDS[name]["rules"] for c in rule["classes"]}
+                                          <= set(setting.classes)):
         return {"title": "Inspection", "tables": [], "figures": [], "numbers": {},
-                "text": [f"Not run: there is no standard for {name}. Write one (README, 'Verdicts') and pass --standard FILE."]}
+                "text": [f"Not run: there is no standard for {name} with these classes. Write one (README, 'Verdicts') and pass --standard FILE."]}
     standard = load_standard(name, setting.classes)
     names = [s.name for s in setting.test.samples]
     truth = [verdict(judge(setting.test.read(i)[1].numpy(), standard, setting.classes, image)) for i, image in enumerate(names)]
@@ -382,6 +393,7 @@ def parse_args(argv=None):
     parser.add_argument("--out", help="where the report goes (default: the run folder; of several: their names joined by +)")
     parser.add_argument("--original", metavar="MVTEC_DIR", help="MVTec AD's folder: the inspection compares with its masks (data: DS-MVTec)")
     parser.add_argument("--split", default="test", help="images to score on: a list of split.json, or test (default: %(default)s)")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out samples that cannot be read, instead of stopping; names them")
     parser.add_argument("--seeds", type=int, default=2, help="segmenters trained per cell (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=100, help="optimiser steps of each segmenter (default: %(default)s)")
     parser.add_argument("--arch", default="deeplabv3+,segformer", help=f"networks of the segmentation, joined by commas: {', '.join(ARCHS)}, "
@@ -390,7 +402,8 @@ def parse_args(argv=None):
     parser.add_argument("--backbone-weights", metavar="FILE", help="state dict for the backbone, or imagenet; see segment.py (default: none)")
     parser.add_argument("--standard", help="JSON file or name of the standard for the inspection (default: that of the object)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
-    parser.add_argument("--quick", action="store_true", help="one seed, 2 steps, 8 scoring images: shows that everything runs")
+    parser.add_argument("--quick", action="store_true", help="one seed, 2 steps, 8 scoring images: shows that everything runs; "
+                        "writes to OUT/quick")
     args = parser.parse_args(argv)
     args.run = args.run or ["runs/demo"]
     args.data = args.data or [None] * len(args.run)
@@ -419,6 +432,7 @@ def evaluate(args):
     """Run the experiments one after the other; each is in metrics.json and report.html as soon as it is finished."""
     runs = [Path(run) for run in args.run]
     out = Path(args.out) if args.out else runs[0] if len(runs) == 1 else runs[0].parent / "+".join(run.name for run in runs)
+    out = out / "quick" if args.quick else out      # never in the place of numbers that mean something
     settings = [Setting(args, run, data, out) for run, data in zip(runs, args.data)]
     path = out / "metrics.json"
     metrics = read_json(path) if path.exists() else {}

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from datasets import (overlay, pair_paths, pick_device, read_image, read_json, read_mask, run_main, sheet,
                       write_classes, write_image, write_json, write_pair)
 from defect_gen import SWITCH_T, DefectGen
+from diffusion import timesteps
 from unet import check_size
 
 KIND = "generated"      # one folder for all: a pair's classes are in its mask
@@ -59,10 +60,11 @@ def draw_pairs(args):
     size = tuple(args.size or generator.size)
     check_size(*size, depth=max(generator.large.depth, generator.small.depth))
     out = Path(args.out or Path(args.run) / "samples")
-    settings = dict(run=str(args.run), num_steps=args.num_steps, sampler=args.sampler, spacing=args.spacing,
-                    switch_t=args.switch_t, size=list(size), trained_steps=generator.trained_steps)
+    timesteps(len(generator.alphas_cumprod), args.num_steps)                   # refuses a number that does not go, before writing
+    settings = dict(num_steps=args.num_steps, sampler=args.sampler, spacing=args.spacing, switch_t=args.switch_t, size=list(size),
+                    weights=generator.fingerprint())
     if (out / "config.json").exists() and read_json(out / "config.json") != settings:
-        raise ValueError(f"{out} holds pairs drawn with other settings (see its config.json); choose another --out or remove that folder")
+        raise ValueError(f"{out} holds pairs drawn with other settings or weights (see its config.json); choose another --out or remove that folder")
     write_classes(out, generator.classes)
     write_json(out / "config.json", settings)
     print(f"settings: {settings}")

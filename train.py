@@ -3,7 +3,7 @@
     python train.py --stage large                       the drawn pill, minutes on two CPU cores
     python train.py --stage small
     python train.py --stage large --data FOLDER --out runs/mine --size 256 256 --preset paper
-    python train.py --stage large --out runs/mine --resume --steps 20000        continue, to a higher step count
+    python train.py --stage large --resume --steps 20000            continue: the same flags, and a higher step count
 
 Everything random is a function of (seed, step), so a resumed run continues bit for bit where it stopped (on a CPU).
 """
@@ -11,6 +11,7 @@ import argparse
 import csv
 import math
 import os
+import shlex
 import sys
 import time
 from copy import deepcopy
@@ -54,7 +55,7 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of weights, order, noise and timesteps (default: %(default)s)")
     parser.add_argument("--save-every", type=int, help="steps between checkpoints with a picture of samples; the newest two are kept")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="mixed precision (default: where the device is fast at it)")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="mixed precision (default: the preset's, else by device)")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in OUT/<stage>")
     args = parser.parse_args(argv)
     for name, value in PRESETS[args.preset].items():
@@ -76,6 +77,10 @@ def order(num_images, start, count, seed):
     return [shuffled[p // num_images][p % num_images] for p in positions]
 
 
+def fits_in_memory(dataset):
+    return len(dataset) * (dataset.channels + 1) * math.prod(dataset.size) <= MEMORY_LIMIT
+
+
 def batches(dataset, first_step, steps, batch_size, seed, device):
     """Yield (images, masks) on the device, step by step. Small data are decoded once and kept there, workers load larger ones."""
     def indices():
@@ -83,7 +88,7 @@ def batches(dataset, first_step, steps, batch_size, seed, device):
             yield order(len(dataset), step * batch_size, batch_size, seed)
 
     size = len(dataset) * (dataset.channels + 1) * math.prod(dataset.size)
-    if size <= MEMORY_LIMIT:
+    if fits_in_memory(dataset):
         print(f"data: {len(dataset)} images, {size / 2**20:.1f} MiB decoded once and kept on {device} (limit {MEMORY_LIMIT >> 30} GiB)")
         images, masks = (part.to(device) for part in dataset.tensors())
         yield from ((images[index], masks[index]) for index in indices())
@@ -123,7 +128,10 @@ def preview(net, stage, config, images, masks, device, alphas_cumprod):
 # --- the loop ---
 
 def prepare(args):
-    """Open the data and settle the configuration; everything that can be wrong is found out before the first step."""
+    """Open the data and settle the configuration; what can be wrong with flags and data is found out before the first step."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("several processes (torchrun) are not supported yet: they would write the same files. The two stages are "
+                         "independent: train one on each device with --device")
     device = pick_device(args.device)
     dataset = open_dataset(args.data, tuple(args.size), args.split, **data_options(args))
     print(describe(dataset))
@@ -133,9 +141,11 @@ def prepare(args):
     dataset = dataset.subset(defects)
     network = PRESETS[args.preset][args.stage]
     check_size(*args.size, depth=len(network["multipliers"]) - 1)
+    if not fits_in_memory(dataset):
+        dataset.check()                                             # smaller data are decoded, and so checked, as a whole
     bf16 = has_bf16(device) if args.bf16 is None else args.bf16
     config = dict(vars(args), size=list(args.size), classes=list(dataset.classes), channels=dataset.channels, T=1000,
-                  schedule="cosine", bf16=bf16, device=str(device), num_images=len(dataset))
+                  schedule="cosine", bf16=bf16, device=str(device), images=[s.name for s in dataset.samples])
     del config["resume"]
     return dataset, device, network, config
 
@@ -143,8 +153,11 @@ def prepare(args):
 def restore(folder, args, config, net, ema, optimizer):
     """Load the newest checkpoint into the three and return its step. Settings that shape the weights must be the same."""
     checkpoint = load_stage(folder, args.stage)
-    free = ("steps", "save_every", "device", "bf16", "out", "data")          # data may have moved; what it holds is compared
+    free = ("steps", "save_every", "device", "bf16", "out", "data", "skip_bad", "images")
     old = checkpoint["config"]
+    if old["images"] != config["images"]:                           # the folder may have moved, its images must be the same
+        raise ValueError(f"{folder} was trained on {len(old['images'])} images and --data {args.data}, split {args.split}, now names "
+                         f"{len(config['images'])}, not the same ones; use the old data, or another --out")
     changed = [f"{k} was {old.get(k)} and is {config[k]}" for k in config if k not in free and old.get(k) != config[k]]
     if changed:
         raise ValueError(f"{folder}: cannot resume with other settings: {'; '.join(changed)}. Use the old ones, or another --out")
@@ -162,6 +175,14 @@ def open_log(path, first_step):
         writer.writeheader()
         writer.writerows(row for row in rows if int(row["step"]) <= first_step)
     return path.open("a", newline="")
+
+
+def other_stage(args, stage):
+    """The flags that train the other stage on the same images."""
+    flags = {"stage": stage, "data": args.data, "object": args.object, "layout": args.layout, "split": args.split, "fit": args.fit,
+             "out": args.out, "preset": args.preset}
+    return [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))] + [
+        "--size", *map(str, args.size)] + ["--skip-bad"] * args.skip_bad
 
 
 def train(args):
@@ -214,11 +235,13 @@ def train(args):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         decay = min(args.ema, (1 + step) / (10 + step))             # warm-up: the average of 100 steps is not mostly step 0
-        torch._foreach_lerp_(averaged, parameters, 1 - decay)
+        with torch.no_grad():                                       # or the average would keep the graph of every step
+            torch._foreach_lerp_(averaged, parameters, 1 - decay)
         totals.index_add_(1, t * 4 // config["T"], torch.stack([losses.detach(), torch.ones_like(losses)]))
 
         done = step + 1
-        if done % LOG_EVERY == 0 or done == args.steps:
+        save = done % args.save_every == 0 or done == args.steps
+        if done % LOG_EVERY == 0 or save:                           # before saving too: no checkpoint with a broken loss
             sums, counts = totals.tolist()
             totals.zero_()
             loss = sum(sums) / sum(counts)
@@ -232,7 +255,7 @@ def train(args):
             writer.writerow([done, f"{loss:.6f}", *quarters, f"{lr:g}", f"{rate:.2f}"])
             bar.update(done - bar.n)
             bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{rate:.1f}")
-        if done % args.save_every == 0 or done == args.steps:
+        if save:
             log.flush()
             save_stage(folder / f"step_{done:06d}.pt", args.stage, net, ema, optimizer, done, config)
             for old in checkpoints(folder)[:-2]:
@@ -245,8 +268,8 @@ def train(args):
     print(f"{args.stage} stage: {args.steps} steps, checkpoint {checkpoints(folder)[-1]}, "
           f"picture {folder / f'samples_{args.steps:06d}.png'}")
     other = STAGES[1 - STAGES.index(args.stage)]
-    print("next: python sample.py --run " + args.out if checkpoints(Path(args.out) / other) else
-          f"next: python train.py --stage {other} --data {args.data} --out {args.out}")
+    print("next:", shlex.join(["python", "sample.py", "--run", args.out] if checkpoints(Path(args.out) / other) else
+                              ["python", "train.py", *other_stage(args, other)]))
 
 
 if __name__ == "__main__":

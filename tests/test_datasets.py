@@ -323,6 +323,37 @@ def test_audit_counts_what_was_written(tmp_path):
     assert (crack["pixels"], crack["images"], crack["area"]) == (2 * 64 + 5, 3, [5, 64, 64]) and report["classes"]["dirt"]["pixels"] == 3 * 64 + 7
 
 
+def test_a_mask_of_zeros_and_ones_is_no_binary_mask(tmp_path):
+    save(tmp_path / "m.png", np.array([[0, 1]]))
+    with pytest.raises(ValueError, match="this one is 0 to 1; are its values class indices"):
+        read_mask(tmp_path / "m.png", CLASSES, label=1)
+
+
+@pytest.mark.parametrize("text", ["[1]", "[]", '{"train": null}', '{"train": [["a"]]}'])
+def test_a_split_of_another_shape_is_a_sentence(tmp_path, text):
+    root = make_folder(tmp_path)
+    (root / "split.json").write_text(text)
+    with pytest.raises(ValueError, match="split.json: expected"):
+        open_dataset(root, split="train")
+
+
+def test_every_class_has_a_colour_and_only_background_is_black():
+    colours = colorize(np.arange(40, dtype=np.uint8)[None])
+    assert not colours[:, 0, 0].any() and colours[:, 0, 1:].any(0).all()
+
+
+def test_not_a_number_becomes_null(tmp_path):
+    datasets.write_json(tmp_path / "a.json", {"iou": [0.5, float("nan")], "n": {"x": (1, 2)}})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"iou": [0.5, None], "n": {"x": [1, 2]}}
+
+
+def test_an_empty_mask_in_a_kind_folder_is_no_defect(tmp_path):
+    root = make_folder(tmp_path)
+    save(root / "mask/crack/001_mask.png", np.zeros((24, 32)))
+    data = open_dataset(root)
+    assert "crack/001" not in [data.samples[i].name for i in data.defective()] and len(data.defective()) == 5
+
+
 def test_overlay_changes_defects_only():
     image, mask = np.full((1, 4, 4), 100, np.uint8), np.zeros((4, 4), np.uint8)
     mask[1, 2] = 1

@@ -110,6 +110,15 @@ def test_a_pickle_that_would_run_code_is_refused(copy, tmp_path):
     assert not (tmp_path / "was_here").exists()
 
 
+def test_stages_trained_on_different_images_are_refused(copy):
+    path = checkpoints(copy / "small")[-1]
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["config"]["images"][0] = "crack/007"
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match="trained on different images"):
+        DefectGen.load(copy)
+
+
 def test_stages_that_do_not_fit_together_are_refused(copy):
     path = checkpoints(copy / "small")[-1]
     checkpoint = torch.load(path, weights_only=True)

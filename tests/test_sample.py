@@ -7,6 +7,7 @@ import torch
 import sample
 from conftest import picture
 from datasets import open_dataset
+from defect_gen import checkpoints
 
 
 def go(*flags):
@@ -37,6 +38,20 @@ def test_other_settings_do_not_mix_into_one_folder(trained, tmp_path):
     go("--run", trained, "--count", 1, "--num-steps", 3, "--out", tmp_path)
     with pytest.raises(ValueError, match="drawn with other settings"):
         go("--run", trained, "--count", 1, "--num-steps", 4, "--out", tmp_path)
+
+
+def test_a_refused_command_leaves_the_folder_usable_and_a_run_may_be_moved(trained, tmp_path):
+    with pytest.raises(ValueError, match="2000"):
+        go("--run", trained, "--count", 1, "--num-steps", 2000, "--out", tmp_path / "out")
+    go("--run", trained, "--count", 1, "--num-steps", 3, "--out", tmp_path / "out")
+    moved = shutil.copytree(trained, tmp_path / "moved")
+    go("--run", moved, "--count", 2, "--num-steps", 3, "--out", tmp_path / "out")
+    path = checkpoints(moved / "small")[-1]
+    checkpoint = torch.load(path, weights_only=True)
+    next(iter(checkpoint["ema"].values())).add_(1)
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match="other settings or weights"):
+        go("--run", moved, "--count", 3, "--num-steps", 3, "--out", tmp_path / "out")
 
 
 @pytest.mark.parametrize("text, seeds", [("0-3", [0, 1, 2, 3]), ("7", [7]), ("1,5,2-3", [1, 5, 2, 3]), ("2,1-3", [2, 1, 3])])
