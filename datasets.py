@@ -1021,6 +1021,7 @@ def audit(dataset):
 
 
 def print_audit(report):
+    """Print one data set's audit: kinds, sizes, a row per class, and what is wrong."""
     print(f"\n{report['name']}: layout {report['layout']}, {report['images']} images, {'grey' if report['channels'] == 1 else 'RGB'}")
     print("  images per kind:  " + listed((f"{kind} {n}" for kind, n in report["kinds"].items()), 20))
     print("  sizes:            " + listed(f"{size} ({n})" for size, n in report["sizes"].most_common()))

@@ -385,6 +385,7 @@ EXPERIMENTS = {"generation": generation, "segmentation": segmentation, "inspecti
 
 
 def parse_args(argv=None):
+    """The flags, checked; --run, --data and --arch as lists, --ratios as numbers."""
     parser = argparse.ArgumentParser(description="Run the experiments of a trained run and write its report.")
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=f"{' | '.join(EXPERIMENTS)} (default: all)")
     parser.add_argument("--run", action="append", help="run folder with generated pairs in RUN/samples; given several times, the "
