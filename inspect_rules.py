@@ -281,6 +281,7 @@ def find_classes(masks, standard, classes_file=None):
 
 
 def print_table(findings):
+    """Print the findings in aligned columns."""
     rows = [COLUMNS[:-1]] + [(f.image, f.class_name, f"{f.area_px:.10g}", "-" if f.limit is None else f"{f.limit:.10g}",
                               f.verdict, f.rule) for f in findings]
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -298,6 +299,7 @@ def write_csv(path, findings):
 
 
 def show_standards() -> int:
+    """Print the built-in standards in words and as JSON to copy, and judge a made-up mask."""
     for name in STANDARDS:
         standard = load_standard(name, LABELS[name])
         print(f"{name}, areas in pixels of a {standard.native_size[0]}x{standard.native_size[1]} photo")
@@ -316,6 +318,7 @@ def show_standards() -> int:
 
 
 def inspect_folder(args) -> int:
+    """Judge every mask of --masks, print and write the findings; returns the exit status."""
     masks, standard = find_masks(args.masks), load_standard(args.standard)
     classes, source = find_classes(masks, standard, args.classes)
     _check_classes(standard, classes, args.standard)

@@ -34,6 +34,7 @@ def parse_seeds(text):
 
 
 def parse_args(argv=None):
+    """The flags, checked."""
     parser = argparse.ArgumentParser(description="Draw image + mask pairs from a trained run.")
     parser.add_argument("--run", default="runs/demo", help="run folder with both stages (default: %(default)s)")
     parser.add_argument("--count", type=int, default=64, help="how many pairs: seeds 0 .. COUNT-1 (default: %(default)s)")
@@ -55,6 +56,7 @@ def parse_args(argv=None):
 
 
 def draw_pairs(args):
+    """Draw the pairs that --out lacks and write them, then a contact sheet of the first 32."""
     seeds = parse_seeds(args.seeds) if args.seeds else list(range(args.count))
     generator = DefectGen.load(args.run, pick_device(args.device))
     size = tuple(args.size or generator.size)

@@ -40,6 +40,7 @@ QUARTERS = ["loss_q1", "loss_q2", "loss_q3", "loss_q4"]         # loss by quarte
 
 
 def parse_args(argv=None):
+    """The flags, checked; those left out take the value of the preset."""
     parser = argparse.ArgumentParser(description="Train one stage of Defect-Gen.", epilog="Flags left out take the preset's value.")
     parser.add_argument("--stage", required=True, choices=STAGES, help="which of the two networks")
     add_data_flags(parser, split="train")
@@ -186,6 +187,7 @@ def other_stage(args, stage):
 
 
 def train(args):
+    """Train args.stage to args.steps, from the start or from its newest checkpoint; see parse_args."""
     dataset, device, network, config = prepare(args)
     folder = Path(args.out) / args.stage
     if not args.resume and checkpoints(folder):
