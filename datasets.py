@@ -128,7 +128,7 @@ def read_mask(path, classes, label=None):
         if picture.mode not in ("1", "L", "P", "I", "I;16"):
             raise ValueError(f"{path}: a binary mask has one channel, this one is {picture.mode} (a colour picture?)")
         values = np.array(picture) * (255 if picture.mode == "1" else 1)
-        if 0 < values.max(initial=0) < 128:
+        if 0 < values.max(initial=0) < 16:                          # grey edges alone are brighter than that
             raise ValueError(f"{path}: a binary mask is 0 and 255, this one is 0 to {values.max()}; are its values class indices? "
                              f"Then it needs another layout, see README, 'Your own data'")
         return ((values >= 128) * label).astype(np.uint8)
