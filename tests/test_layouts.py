@@ -107,7 +107,7 @@ def test_the_four_commands_run_on_each_layout(written, name, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert f"layout {built.layout}" in shown and "split test: " in shown
     text = json.loads((out / "quick/metrics.json").read_text())["generation"]["text"][-1]
-    assert "split train: " in text and "split test: " in text and text.split("(")[1].split(")")[0] in (out / "report.html").read_text()
+    assert "split train: " in text and "split test: " in text and text.split("(")[1].split(")")[0] in (out / "quick/report.html").read_text()
 
 
 # --- the root folder and the audit ---
