@@ -78,8 +78,9 @@ def order(num_images, start, count, seed):
     return [shuffled[p // num_images][p % num_images] for p in positions]
 
 
-def fits_in_memory(dataset):
-    return len(dataset) * (dataset.channels + 1) * math.prod(dataset.size) <= MEMORY_LIMIT
+def decoded_bytes(dataset):
+    """What all images and masks take as uint8."""
+    return len(dataset) * (dataset.channels + 1) * math.prod(dataset.size)
 
 
 def batches(dataset, first_step, steps, batch_size, seed, device):
@@ -88,8 +89,8 @@ def batches(dataset, first_step, steps, batch_size, seed, device):
         for step in range(first_step, steps):
             yield order(len(dataset), step * batch_size, batch_size, seed)
 
-    size = len(dataset) * (dataset.channels + 1) * math.prod(dataset.size)
-    if fits_in_memory(dataset):
+    size = decoded_bytes(dataset)
+    if size <= MEMORY_LIMIT:
         print(f"data: {len(dataset)} images, {size / 2**20:.1f} MiB decoded once and kept on {device} (limit {MEMORY_LIMIT >> 30} GiB)")
         images, masks = (part.to(device) for part in dataset.tensors())
         yield from ((images[index], masks[index]) for index in indices())
@@ -142,7 +143,7 @@ def prepare(args):
     dataset = dataset.subset(defects)
     network = PRESETS[args.preset][args.stage]
     check_size(*args.size, depth=len(network["multipliers"]) - 1)
-    if not fits_in_memory(dataset):
+    if decoded_bytes(dataset) > MEMORY_LIMIT:
         dataset.check()                                             # smaller data are decoded, and so checked, as a whole
     bf16 = has_bf16(device) if args.bf16 is None else args.bf16
     config = dict(vars(args), size=list(args.size), classes=list(dataset.classes), channels=dataset.channels, T=1000,
