@@ -1,6 +1,7 @@
 """Claims about segment.py. CPU, no download; the comparison with transformers runs where that package is installed."""
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -281,7 +282,7 @@ def blobs():
     return tuple(torch.from_numpy(np.stack(part)) for part in zip(*pairs))
 
 
-@pytest.mark.parametrize("arch, steps, lr", [("deeplabv3+", 110, 1e-3), ("segformer", 110, 1e-3), ("mask2former", 100, 5e-4)])
+@pytest.mark.parametrize("arch, steps, lr", [("deeplabv3+", 110, 1e-3), ("segformer", 110, 1e-3), ("mask2former", 130, 5e-4)])
 def test_four_images_are_learned_and_predictions_do_not_depend_on_the_batch(arch, steps, lr):
     images, masks = blobs()
     net = build(arch, 3, **SMALL.get(arch, {}))
@@ -309,6 +310,16 @@ def test_same_seed_same_weights_and_the_global_stream_is_left_alone(arch):
     torch.manual_seed(1)
     assert torch.equal(torch.rand(1), after)
     assert torch.equal(first, trained(5)) and not torch.equal(first, trained(6))
+
+
+@pytest.mark.parametrize("schedule, decay", [("poly", lambda done: (1 - done) ** 0.9), ("cosine", lambda done: math.cos(math.pi * done / 2) ** 2)])
+def test_the_learning_rate_warms_up_and_decays(schedule, decay, monkeypatch):
+    rates, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args: rates.append(self.param_groups[0]["lr"]) or step(self, *args))
+    net = build("segformer", 3)
+    monkeypatch.setattr(net, "loss", lambda x, target: net.classifier.bias.sum())              # the network itself would take its time
+    fit(net, *squares(2, 32), 20, batch_size=1, lr=0.1, schedule=schedule)
+    assert rates == pytest.approx([0.1 * min(1, (i + 1) / 2) * decay(i / 20) for i in range(20)])
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -454,6 +465,12 @@ def test_bad_input_is_answered_with_a_sentence(tmp_path):
         build("unet", 3)
     with pytest.raises(ValueError, match="no backbone 'vgg'"):
         build("deeplabv3+", 3, backbone="vgg")
+    with pytest.raises(ValueError, match=r"'mask2former:vgg': no backbone 'vgg', choose resnet18 or resnet50"):
+        build("mask2former:vgg", 3)
+    with pytest.raises(ValueError, match="SegFormer has one backbone"):
+        build("segformer:resnet50", 3)
+    with pytest.raises(ValueError, match="no schedule 'step': choose poly or cosine"):
+        fit(build("segformer", 3), images, masks, 1, schedule="step")
     with pytest.raises(ValueError, match=r"masks hold the values \[2\], but there are 2 classes"):
         fit(build("segformer", 2), images, masks, 1)
     with pytest.raises(ValueError, match="one mask per image"):
