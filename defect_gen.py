@@ -92,14 +92,14 @@ def load_stage(folder, stage, device="cpu"):
 # --- the generator ---
 
 class DefectGen:
-    """Two trained stages and the settings they share.
+    """Two trained stages, the settings they share, and {stage: [low, high]}, the timesteps low <= t < high it was trained at.
 
         generator = DefectGen.load("runs/demo")
         images, masks = generator.sample(seeds=[0, 1, 2, 3])
     """
 
-    def __init__(self, large, small, config):
-        self.large, self.small, self.config = large.eval(), small.eval(), config
+    def __init__(self, large, small, config, t_ranges):
+        self.large, self.small, self.config, self.t_ranges = large.eval(), small.eval(), config, t_ranges
         self.classes, self.size = tuple(config["classes"]), tuple(config["size"])
         self.alphas_cumprod = schedule(config["T"], config["schedule"])
         self.device = next(large.parameters()).device
@@ -123,7 +123,8 @@ class DefectGen:
             if configs[0][key] != configs[1][key]:
                 raise ValueError(f"{run}: the stages do not fit together: {key} is {configs[0][key]} in large and {configs[1][key]} in "
                                  f"small; train both with the same data and size")
-        return cls(*nets, configs[0])
+        t_ranges = [config.get("t_range", [0, config["T"]]) for config in configs]         # once, every stage was trained at every t
+        return cls(*nets, configs[0], dict(zip(STAGES, t_ranges)))
 
     def fingerprint(self):
         """A short name of the weights: pairs of one folder must come from the same ones."""
@@ -143,6 +144,16 @@ class DefectGen:
             return to_x_start(output.float(), x_t, t, self.alphas_cumprod, self.config["target"])
         return denoise
 
+    def check_switch(self, steps, switch_t):
+        """Raise ValueError if sampling along `steps` would ask a stage at a t it was never trained at."""
+        for t in steps:
+            stage = "large" if t >= switch_t else "small"
+            low, high = self.t_ranges[stage]
+            if not low <= t < high:
+                raise ValueError(f"--switch-t {switch_t} asks the {stage} stage at t = {t}, but it was trained at t = {low} to {high - 1} "
+                                 f"only: choose --switch-t between {self.t_ranges['large'][0]} and {self.t_ranges['small'][1]}, or train "
+                                 f"the {stage} stage again with --t-range full")
+
     def sample(self, seeds, num_steps=20, sampler="dpm++", spacing="logsnr", switch_t=SWITCH_T, size=None, batch_size=16,
                on_step=None):
         """Draw one pair per seed. A pair is a function of its seed, not of the batch it is drawn in.
@@ -153,6 +164,7 @@ class DefectGen:
         Returns: images uint8 (N, C, H, W), masks uint8 (N, H, W), on the CPU.
         """
         steps = timesteps(len(self.alphas_cumprod), num_steps, spacing, self.alphas_cumprod)
+        self.check_switch(steps, switch_t)
         denoise = switched(self.denoiser(self.large), self.denoiser(self.small), switch_t)
         shape = (self.config["channels"] + len(self.classes), *(size or self.size))
         pairs = []

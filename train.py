@@ -4,27 +4,35 @@
     python train.py --stage small
     python train.py --stage large --data FOLDER --out runs/mine --size 256 256 --preset paper
     python train.py --stage large --resume --steps 20000            continue: the same flags, and a higher step count
+    torchrun --nproc_per_node=4 train.py --stage large ...          one process per GPU; --batch-size is that of all together
 
-Everything random is a function of (seed, step), so a resumed run continues bit for bit where it stopped (on a CPU).
+Everything random is a function of (seed, step), so a resumed run continues bit for bit where it stopped (on a CPU). How many
+processes or micro-batches share a step's batch changes nothing but the rounding, so either may be another one after --resume.
 """
 import argparse
 import csv
 import math
 import os
 import shlex
+import shutil
 import sys
 import time
+from contextlib import nullcontext, redirect_stdout
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.utils.checkpoint
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from datasets import (MEMORY_LIMIT, add_data_flags, augment, data_options, describe, has_bf16, open_dataset, overlay, pick_device,
                       read_names, run_main, sheet, write_image, write_json)
 from defect_gen import STAGES, SWITCH_T, checkpoints, decode, encode, load_stage, save_stage
 from diffusion import q_sample, rng, sample, schedule, timesteps, to_x_start, training_loss
-from unet import LARGE, SMALL, UNet, check_size, count_parameters, receptive_field
+from unet import LARGE, SMALL, Block, UNet, check_size, count_parameters, receptive_field
 
 PRESETS = {
     # 64x64 on two CPU cores in minutes: demo, tests and teaching. fp32, for in so narrow networks casting costs more than bf16 saves
@@ -35,8 +43,14 @@ PRESETS = {
     "paper": dict(size=(256, 256), steps=160_000, batch_size=2, lr=1e-4, weight_decay=0.002, ema=0.9999, warmup=0, save_every=10_000,
                   large=LARGE, small=SMALL),
 }
+T_MARGIN = 50                   # own timesteps reach this far beyond SWITCH_T: the switch may be moved a little when sampling
 LOG_EVERY = 10                  # steps between readings of the loss: each one waits for the device
 QUARTERS = ["loss_q1", "loss_q2", "loss_q3", "loss_q4"]         # loss by quarter of [0, T): which steps a stage is good at
+
+
+def number_or_auto(text):
+    """The value of --batch-size."""
+    return text if text == "auto" else int(text)
 
 
 def parse_args(argv=None):
@@ -48,11 +62,19 @@ def parse_args(argv=None):
     parser.add_argument("--preset", default="tiny", choices=PRESETS, help="default values of the flags below (default: %(default)s)")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="images are resized to this")
     parser.add_argument("--steps", type=int, help="optimiser steps in all")
-    parser.add_argument("--batch-size", type=int, help="images per step")
+    parser.add_argument("--batch-size", type=number_or_auto, help="images per step, of all processes and micro-batches together; "
+                        "auto: try which power of two fills the GPU, times processes and micro-batches")
+    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="compute each step in N micro-batches, one after the "
+                        "other: the same step in less memory (default: %(default)s)")
+    parser.add_argument("--checkpointing", action="store_true", help="keep fewer activations and compute them again for the gradient: "
+                        "the same step in less memory and more time")
+    parser.add_argument("--compile", action="store_true", help="compile the network with torch.compile: minutes at the start, faster steps")
     parser.add_argument("--lr", type=float, help="learning rate of AdamW")
     parser.add_argument("--augment", type=read_names, default=[], metavar="NAMES", help="change images and masks at random: some of "
                         "flip,turn,crop, where the product may lie that way (default: none)")
     parser.add_argument("--target", default="x0", choices=["x0", "eps", "v"], help="what the network predicts (default: %(default)s)")
+    parser.add_argument("--t-range", default="full", choices=["own", "full"], help="timesteps to train at: all, or the stage's own side of "
+                        f"the switch at {SWITCH_T} and {T_MARGIN} beyond it (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order, noise and timesteps (default: %(default)s)")
     parser.add_argument("--save-every", type=int, help="steps between checkpoints with a picture of samples; the newest two are kept")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
@@ -62,8 +84,8 @@ def parse_args(argv=None):
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name, None) is None and name not in STAGES:
             setattr(args, name, value)
-    for name in ("steps", "batch_size", "save_every", "lr"):
-        if not getattr(args, name) > 0:
+    for name in ("steps", "batch_size", "accumulate", "save_every", "lr"):
+        if getattr(args, name) != "auto" and not getattr(args, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be above 0")
     return args
 
@@ -83,11 +105,12 @@ def decoded_bytes(dataset):
     return len(dataset) * (dataset.channels + 1) * math.prod(dataset.size)
 
 
-def batches(dataset, first_step, steps, batch_size, seed, device):
-    """Yield (images, masks) on the device, step by step. Small data are decoded once and kept there, workers load larger ones."""
+def batches(dataset, first_step, steps, batch_size, seed, device, share=slice(None)):
+    """Yield (images, masks) on the device, step by step: the slice `share` of each batch. Small data are decoded once and kept there,
+    workers load larger ones."""
     def indices():
         for step in range(first_step, steps):
-            yield order(len(dataset), step * batch_size, batch_size, seed)
+            yield order(len(dataset), step * batch_size, batch_size, seed)[share]
 
     size = decoded_bytes(dataset)
     if size <= MEMORY_LIMIT:
@@ -101,12 +124,26 @@ def batches(dataset, first_step, steps, batch_size, seed, device):
         yield from ([part.to(device, non_blocking=True) for part in batch] for batch in loader)
 
 
+def augment_each(images, masks, names, seed, step, first):
+    """augment, with a generator for each image by its place in the whole batch, of which these begin at `first`."""
+    places = range(first, first + len(images))
+    pairs = [augment(i[None], m[None], names, rng(seed, 4, step, place)) for i, m, place in zip(images, masks, places)]
+    return [torch.cat(parts) for parts in zip(*pairs)]
+
+
+def draw(shape, t_range, seed, step):
+    """t (B,) and noise (B, C, H, W) of a step, always for the whole batch: every process draws the same and takes its share."""
+    random = rng(seed, 2, step)
+    return torch.randint(*t_range, shape[:1], generator=random), torch.randn(shape, generator=random)
+
+
 # --- pictures while training ---
 
 def preview(net, stage, config, images, masks, device, alphas_cumprod):
     """A sheet of 8 samples of this stage's EMA weights, from fixed seeds.
 
-    The large stage draws from noise. The small one is only ever used below switch_t: it denoises training images from there.
+    The large stage draws from noise, as far down as it was trained. The small one is only ever used below switch_t: it denoises
+    training images from there.
     """
     def denoise(x_t, t):
         with torch.autocast(device.type, torch.bfloat16, enabled=config["bf16"]):
@@ -116,7 +153,7 @@ def preview(net, stage, config, images, masks, device, alphas_cumprod):
     num_classes = len(config["classes"])
     start = encode(images, masks, num_classes)
     noise = torch.randn(start.shape, generator=rng(config["seed"], 3)).to(device)
-    steps = timesteps(config["T"], 20, "logsnr", alphas_cumprod)
+    steps = [t for t in timesteps(config["T"], 20, "logsnr", alphas_cumprod) if t >= config["t_range"][0]]
     if stage == "small":
         steps = [t for t in steps if t < SWITCH_T]
         noise = q_sample(start, torch.full((len(start),), steps[0], device=device), noise, alphas_cumprod)
@@ -127,14 +164,63 @@ def preview(net, stage, config, images, masks, device, alphas_cumprod):
     return sheet(rows, classes=config["classes"])
 
 
+# --- memory and many devices ---
+
+def world():
+    """(rank, number) of the processes that torchrun started; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def recompute_activations(net):
+    """Let each block keep its inputs only and compute the rest again for the gradient. A copy made later would use net's weights."""
+    for module in net.modules():
+        if isinstance(module, Block):
+            module.forward = partial(torch.utils.checkpoint.checkpoint, module.forward, use_reentrant=False)
+
+
+def largest_batch(attempt):
+    """The largest power of two for which attempt(size), and all before it, did not raise torch.OutOfMemoryError."""
+    size = 1
+    try:
+        while True:
+            attempt(size)
+            size *= 2
+    except torch.OutOfMemoryError:
+        if size == 1:
+            raise ValueError("--batch-size auto: not even one image fits into the memory; lower --size or try --checkpointing") from None
+    return size // 2
+
+
+def probe_batch(net, image_losses, channels, size, device):
+    """How many images (channels, *size) a step can take at once, found by trying; the same in all processes."""
+    if device.type != "cuda":
+        raise ValueError(f"--batch-size auto tries out the memory of a CUDA device, but the device is {device}; give a number")
+
+    def attempt(count):
+        x_start = torch.zeros(count, channels, *size, device=device)
+        image_losses(net, x_start, torch.zeros(count, dtype=torch.int64, device=device), x_start).mean().backward()
+
+    torch.cuda.set_per_process_memory_fraction(0.8)         # headroom: AdamW's averages come with the first step
+    count = torch.tensor(largest_batch(attempt), device=device)
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    net.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    if world()[1] > 1:
+        dist.all_reduce(count, dist.ReduceOp.MIN)
+    return count.item()
+
+
 # --- the loop ---
 
 def prepare(args):
     """Open the data and settle the configuration; what can be wrong with flags and data is found out before the first step."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("several processes (torchrun) are not supported yet: they would write the same files. The two stages are "
-                         "independent: train one on each device with --device")
     device = pick_device(args.device)
+    if device.type == "cuda" and device.index is None:              # each process of torchrun has a GPU of its own
+        device = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)                               # what names no device means this one
+    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
+        raise ValueError("--compile needs a C++ compiler, but neither g++, clang++ nor cl is installed; install one or leave --compile out")
     dataset = open_dataset(args.data, tuple(args.size), args.split, **data_options(args))
     print(describe(dataset))
     defects = dataset.defective()
@@ -148,6 +234,8 @@ def prepare(args):
     bf16 = has_bf16(device) if args.bf16 is None else args.bf16
     config = dict(vars(args), size=list(args.size), classes=list(dataset.classes), channels=dataset.channels, T=1000,
                   schedule="cosine", bf16=bf16, device=str(device), images=[s.name for s in dataset.samples])
+    own = {"large": [SWITCH_T - T_MARGIN, config["T"]], "small": [0, SWITCH_T + T_MARGIN]}
+    config["t_range"] = own[args.stage] if args.t_range == "own" else [0, config["T"]]
     del config["resume"]
     return dataset, device, network, config
 
@@ -155,8 +243,10 @@ def prepare(args):
 def restore(folder, args, config, net, ema, optimizer):
     """Load the newest checkpoint into the three and return its step. Settings that shape the weights must be the same."""
     checkpoint = load_stage(folder, args.stage)
-    free = ("steps", "save_every", "device", "bf16", "out", "data", "skip_bad", "images")
-    old = checkpoint["config"]
+    free = ("steps", "save_every", "device", "bf16", "out", "data", "skip_bad", "images", "accumulate", "checkpointing", "compile")
+    old = {"t_range": [0, config["T"]], **checkpoint["config"]}     # once, every stage was trained at every t
+    if config["batch_size"] == "auto":
+        config["batch_size"] = old["batch_size"]                    # as it was found at the start
     if old["images"] != config["images"]:                           # the folder may have moved, its images must be the same
         raise ValueError(f"{folder} was trained on {len(old['images'])} images and --data {args.data}, split {args.split}, now names "
                          f"{len(config['images'])}, not the same ones; use the old data, or another --out")
@@ -182,17 +272,20 @@ def open_log(path, first_step):
 def other_stage(args, stage):
     """The flags that train the other stage on the same images."""
     flags = {"stage": stage, "data": args.data, "object": args.object, "layout": args.layout, "split": args.split, "fit": args.fit,
-             "out": args.out, "preset": args.preset}
+             "out": args.out, "preset": args.preset, "t-range": args.t_range}
     return [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))] + [
         "--size", *map(str, args.size)] + ["--skip-bad"] * args.skip_bad
 
 
 def train(args):
     """Train args.stage to args.steps, from the start or from its newest checkpoint; see parse_args."""
+    rank, processes = world()
     dataset, device, network, config = prepare(args)
     folder = Path(args.out) / args.stage
     if not args.resume and checkpoints(folder):
         raise ValueError(f"{folder} already holds {checkpoints(folder)[-1].name}: --resume continues it, another --out starts a new run")
+    if processes > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     torch.manual_seed(args.seed)                                    # initial weights only; the steps have streams of their own
     net = UNet(dataset.channels + len(dataset.classes), **network).to(device)
@@ -201,50 +294,73 @@ def train(args):
     first_step = restore(folder, args, config, net, ema, optimizer) if args.resume else 0
     alphas_cumprod = schedule(config["T"], config["schedule"])
 
+    def image_losses(model, x_start, t, noise):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config["bf16"]):
+            return training_loss(model, x_start, t, noise, alphas_cumprod, args.target)
+
+    if args.checkpointing:
+        recompute_activations(net)
+    if config["batch_size"] == "auto":
+        count = probe_batch(net, image_losses, dataset.channels + len(dataset.classes), args.size, device)
+        config["batch_size"] = count * args.accumulate * processes
+        print(f"--batch-size auto: {config['batch_size']}")
+    batch_size, parts = config["batch_size"], processes * args.accumulate
+    if batch_size % parts:
+        raise ValueError(f"--batch-size {batch_size} cannot be shared by {processes} processes with {args.accumulate} micro-batches each; "
+                         f"use a multiple of {parts}, like {math.ceil(batch_size / parts) * parts}")
+    share = slice(rank * batch_size // processes, (rank + 1) * batch_size // processes)         # this process's part of each batch
+    if args.compile:
+        net.compile()                                               # in place: the names of the weights stay
+    model = DistributedDataParallel(net) if processes > 1 else net
+
     field = receptive_field(net)
     print(f"{args.stage}: {count_parameters(net) / 1e6:.2f} M parameters, receptive field "
           f"{'the whole image' if field == math.inf else f'{field} px'}, images {args.size[0]}x{args.size[1]}, "
           f"{len(dataset.classes)} classes, {device}, {'bf16' if config['bf16'] else 'fp32'}")
-    if args.stage == "small" and field >= max(args.size):
+    if args.stage == "small" and field >= max(args.size) and rank == 0:
         print(f"warning: the small network sees the whole image ({field} px): it can memorise it; use larger images", file=sys.stderr)
     if first_step >= args.steps:
         print(f"{folder} has {first_step} steps already; raise --steps to go on")
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", config)
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", config)
 
     eight = dataset.subset([i * len(dataset) // 8 for i in range(8)]).tensors()     # for the small stage's previews
     parameters, averaged = list(net.parameters()), list(ema.parameters())
     totals = torch.zeros(2, 4, device=device)                       # loss sums and counts by quarter of [0, T)
-    log = open_log(folder / "log.csv", first_step)
+    log = open_log(folder / "log.csv" if rank == 0 else Path(os.devnull), first_step)
     writer = csv.writer(log)
-    bar = tqdm(total=args.steps, initial=first_step, unit="step", desc=args.stage, mininterval=1)
+    bar = tqdm(total=args.steps, initial=first_step, unit="step", desc=args.stage, mininterval=1, disable=rank > 0)
     clock, last = time.perf_counter(), first_step
-    for step, (images, masks) in enumerate(batches(dataset, first_step, args.steps, args.batch_size, args.seed, device), first_step):
+    for step, (images, masks) in enumerate(batches(dataset, first_step, args.steps, batch_size, args.seed, device, share), first_step):
         if args.augment:
-            images, masks = augment(images, masks, args.augment, rng(args.seed, 4, step))
-        random = rng(args.seed, 2, step)
+            images, masks = augment_each(images, masks, args.augment, args.seed, step, share.start)
         x_start = encode(images, masks, len(dataset.classes))
-        t = torch.randint(config["T"], (len(images),), generator=random).to(device)
-        noise = torch.randn(x_start.shape, generator=random).to(device)
+        t, noise = (part[share].to(device) for part in draw((batch_size, *x_start.shape[1:]), config["t_range"], args.seed, step))
         lr = args.lr * min(1.0, (step + 1) / max(args.warmup, 1))   # never of the total: --steps can be raised later
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        with torch.autocast(device.type, torch.bfloat16, enabled=config["bf16"]):
-            losses = training_loss(net, x_start, t, noise, alphas_cumprod, args.target)
-        losses.mean().backward()
+        micro_batches = list(zip(*(part.chunk(args.accumulate) for part in (x_start, t, noise))))
+        for i, (x_start, t, noise) in enumerate(micro_batches, 1):
+            # the processes average their gradients once per step, with the last micro-batch
+            with model.no_sync() if processes > 1 and i < args.accumulate else nullcontext():
+                losses = image_losses(model, x_start, t, noise)
+                (losses.mean() / args.accumulate).backward()
+            totals.index_add_(1, t * 4 // config["T"], torch.stack([losses.detach(), torch.ones_like(losses)]))
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         decay = min(args.ema, (1 + step) / (10 + step))             # warm-up: the average of 100 steps is not mostly step 0
         with torch.no_grad():                                       # or the average would keep the graph of every step
             torch._foreach_lerp_(averaged, parameters, 1 - decay)
-        totals.index_add_(1, t * 4 // config["T"], torch.stack([losses.detach(), torch.ones_like(losses)]))
 
         done = step + 1
         save = done % args.save_every == 0 or done == args.steps
         if done % LOG_EVERY == 0 or save:                           # before saving too: no checkpoint with a broken loss
+            if processes > 1:
+                dist.all_reduce(totals)                             # all read the same loss, so all stop where it is broken
             sums, counts = totals.tolist()
             totals.zero_()
             loss = sum(sums) / sum(counts)
@@ -252,13 +368,13 @@ def train(args):
                 raise ValueError(f"the loss is {loss} at step {done}, learning rate {lr:g}; the last checkpoint in {folder} is kept. "
                                  f"Try a lower --lr or --no-bf16")
             now = time.perf_counter()
-            rate = (done - last) * args.batch_size / (now - clock)
+            rate = (done - last) * batch_size / (now - clock)
             clock, last = now, done
             quarters = [f"{s / c:.6f}" if c else "" for s, c in zip(sums, counts)]
             writer.writerow([done, f"{loss:.6f}", *quarters, f"{lr:g}", f"{rate:.2f}"])
             bar.update(done - bar.n)
             bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{rate:.1f}")
-        if save:
+        if save and rank == 0:
             log.flush()
             save_stage(folder / f"step_{done:06d}.pt", args.stage, net, ema, optimizer, done, config)
             for old in checkpoints(folder)[:-2]:
@@ -268,6 +384,8 @@ def train(args):
             clock = time.perf_counter()
     bar.close()
     log.close()
+    if rank > 0:
+        return
     print(f"{args.stage} stage: {args.steps} steps, checkpoint {checkpoints(folder)[-1]}, "
           f"picture {folder / f'samples_{args.steps:06d}.png'}")
     other = STAGES[1 - STAGES.index(args.stage)]
@@ -275,5 +393,14 @@ def train(args):
                               ["python", "train.py", *other_stage(args, other)]))
 
 
+def main():
+    """Train alone, or as one of the processes of torchrun, of which the first speaks for all."""
+    rank, processes = world()
+    with redirect_stdout(open(os.devnull, "w")) if rank > 0 else nullcontext():
+        train(parse_args())
+    if processes > 1:                                               # not after an error: the others may be lost
+        dist.destroy_process_group()
+
+
 if __name__ == "__main__":
-    run_main(lambda: train(parse_args()))
+    run_main(main)

@@ -119,6 +119,33 @@ def test_stages_trained_on_different_images_are_refused(copy):
         DefectGen.load(copy)
 
 
+def test_a_stage_is_not_asked_at_timesteps_it_was_never_trained_at(copy):
+    for stage, t_range in {"large": [350, 1000], "small": [0, 450]}.items():
+        path = checkpoints(copy / stage)[-1]
+        checkpoint = torch.load(path, weights_only=True)
+        checkpoint["config"]["t_range"] = t_range
+        torch.save(checkpoint, path)
+    generator = DefectGen.load(copy)
+    assert generator.t_ranges == {"large": [350, 1000], "small": [0, 450]}
+    for switch_t in (350, 400, 450):
+        generator.check_switch(range(999, -1, -1), switch_t)
+    between = "choose --switch-t between 350 and 450, or train the"
+    with pytest.raises(ValueError, match=rf"--switch-t 349 asks the large stage at t = 349, but .* t = 350 to 999 only: {between} large"):
+        generator.check_switch(range(999, -1, -1), 349)
+    with pytest.raises(ValueError, match=rf"--switch-t 451 asks the small stage at t = 450, but .* t = 0 to 449 only: {between} small"):
+        generator.check_switch(range(999, -1, -1), 451)
+    with pytest.raises(ValueError, match="--switch-t 1000 asks the small stage at t = 999"):
+        generator.sample([0], num_steps=4, switch_t=1000)
+
+
+def test_a_checkpoint_from_before_t_range_is_asked_anywhere(copy):
+    path = checkpoints(copy / "small")[-1]
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["config"]["t_range"]
+    torch.save(checkpoint, path)
+    assert DefectGen.load(copy).t_ranges == {"large": [0, 1000], "small": [0, 1000]}
+
+
 def test_stages_that_do_not_fit_together_are_refused(copy):
     path = checkpoints(copy / "small")[-1]
     checkpoint = torch.load(path, weights_only=True)

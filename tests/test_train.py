@@ -1,19 +1,38 @@
-"""Training resumes bit for bit, logs what it did, and refuses bad flags before the first step."""
+"""Training resumes bit for bit, shares a batch without a trace, logs what it did, and refuses bad flags before the first step."""
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
 import torch
 
 import train
-from conftest import TINY, make_data, picture, run
+from conftest import ROOT, TINY, make_data, picture, run
 from defect_gen import checkpoints, load_stage
 
 
 def go(*flags):
     train.train(train.parse_args([*map(str, flags)]))
+
+
+def assert_same(folder, wanted, atol=1e-5):
+    """Both runs' small stage: the same weights, averages and gradients up to rounding; returns the checkpoint of `folder`."""
+    ours, theirs = (load_stage(path / "small", "small") for path in (folder, wanted))
+    for part in ("model", "ema"):
+        torch.testing.assert_close(ours[part], theirs[part], rtol=0, atol=atol)
+    for key, state in ours["optimizer"]["state"].items():
+        torch.testing.assert_close(state["exp_avg"], theirs["optimizer"]["state"][key]["exp_avg"], rtol=0, atol=atol)
+    return ours
+
+
+@pytest.fixture
+def unclipped(monkeypatch):
+    """Clipping and AdamW both hide a gradient that is N times too large; without clipping AdamW's averages show it."""
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, max_norm: None)
 
 
 @pytest.mark.parametrize("augment", ["", "flip,turn,crop"])
@@ -130,10 +149,187 @@ def test_other_images_in_the_folder_are_noticed_on_resume(data, tmp_path):
         go(*flags, "--resume", "--steps", 6)
 
 
-def test_several_processes_are_refused(data, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="several processes .* not supported yet"):
-        go("--stage", "small", "--data", data, "--out", tmp_path / "run", *TINY)
+# --- which timesteps ---
+
+@pytest.mark.parametrize("stage, low, high", [("large", 350, 1000), ("small", 0, 450)])
+def test_a_stage_trains_at_its_own_timesteps_only(data, tmp_path, monkeypatch, stage, low, high):
+    seen, loss = [], train.training_loss
+    monkeypatch.setattr(train, "training_loss", lambda net, x_start, t, *rest: seen.extend(t.tolist()) or loss(net, x_start, t, *rest))
+    flags = ["--stage", stage, "--data", data, "--out", tmp_path / "run", *TINY, "--batch-size", 64]
+    go(*flags, "--t-range", "own")
+    assert len(seen) == 256 and low <= min(seen) < low + 25 and high - 25 <= max(seen) < high
+    assert load_stage(tmp_path / "run" / stage, stage)["config"]["t_range"] == [low, high]
+    row = next(csv.DictReader((tmp_path / "run" / stage / "log.csv").open()))
+    assert [name for name in train.QUARTERS if not row[name]] == (["loss_q1"] if stage == "large" else ["loss_q3", "loss_q4"])
+    with pytest.raises(ValueError, match=rf"t_range was \[{low}, {high}\] and is \[0, 1000\]"):
+        go(*flags, "--resume", "--steps", 6)
+
+
+def test_a_checkpoint_from_before_t_range_resumes(trained, data, tmp_path):
+    copy = shutil.copytree(trained, tmp_path / "run")
+    path = checkpoints(copy / "small")[-1]
+    checkpoint = torch.load(path, weights_only=True)
+    for name in ("t_range", "accumulate", "checkpointing", "compile"):
+        del checkpoint["config"][name]
+    torch.save(checkpoint, path)
+    go("--stage", "small", "--data", data, "--out", copy, *TINY, "--steps", 6, "--resume")
+    assert load_stage(copy / "small", "small")["step"] == 6
+
+
+# --- memory: the same steps in another way ---
+
+def test_micro_batches_are_the_same_step(data, tmp_path, monkeypatch, unclipped):
+    sizes, loss = [], train.training_loss
+    monkeypatch.setattr(train, "training_loss", lambda net, x_start, *rest: sizes.append(len(x_start)) or loss(net, x_start, *rest))
+    flags = ["--stage", "small", "--data", data, *TINY, "--batch-size", 4]
+    go(*flags, "--out", tmp_path / "whole")
+    go(*flags, "--out", tmp_path / "parts", "--steps", 2, "--accumulate", 4)
+    go(*flags, "--out", tmp_path / "parts", "--accumulate", 2, "--resume")
+    assert sizes == [4] * 4 + [1] * 8 + [2] * 4
+    assert_same(tmp_path / "parts", tmp_path / "whole")
+    with pytest.raises(ValueError, match="--batch-size 4 cannot be shared by 1 processes with 3 micro-batches .* a multiple of 3, like 6"):
+        go(*flags, "--out", tmp_path / "thirds", "--accumulate", 3)
+
+
+@pytest.mark.parametrize("stage", ["large", "small"])
+def test_checkpointing_computes_blocks_twice_and_changes_nothing(data, trained, tmp_path, monkeypatch, stage):
+    calls, forward = [], train.Block.forward
+    monkeypatch.setattr(train.Block, "forward", lambda self, x, emb: calls.append(torch.is_grad_enabled()) or forward(self, x, emb))
+    flags = ["--stage", stage, "--data", data, *TINY]
+    counts = []
+    for name, extra in {"plain": [], "again": ["--checkpointing"]}.items():
+        calls.clear()
+        go(*flags, "--out", tmp_path / name, *extra)
+        counts.append(sum(calls))                                   # not those of the previews
+    assert counts[1] == 2 * counts[0]
+    plain, again = (load_stage(tmp_path / name / stage, stage) for name in ("plain", "again"))
+    for part in ("model", "ema"):
+        assert plain[part].keys() == again[part].keys() and all(torch.equal(value, again[part][key]) for key, value in plain[part].items())
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_steps_are_the_same(data, tmp_path, monkeypatch, unclipped):
+    network = dict(channels=4, multipliers=(1,), num_res_blocks=1, attention_levels=(), middle=False)       # compiles in seconds
+    monkeypatch.setitem(train.PRESETS["tiny"], "small", network)
+    flags = ["--stage", "small", "--data", data, *TINY]
+    go(*flags, "--out", tmp_path / "eager")
+    compiled = torch._dynamo.utils.counters
+    compiled.clear()
+    go(*flags, "--out", tmp_path / "compiled", "--compile")
+    assert compiled["stats"]["unique_graphs"] == 1                  # whole, and once: no graph break, no compilation per step
+    assert_same(tmp_path / "compiled", tmp_path / "eager")
+
+
+def test_compile_without_a_compiler_is_a_sentence(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="--compile needs a C"):
+        go("--stage", "small", "--data", data, "--out", tmp_path / "run", *TINY, "--compile")
+
+
+@pytest.mark.parametrize("room, batch_size", [(1, 1), (5, 4), (8, 8), (100, 64)])
+def test_the_largest_batch_that_fits(room, batch_size):
+    tried = []
+
+    def attempt(size):
+        tried.append(size)
+        if size > room:
+            raise torch.OutOfMemoryError
+    assert train.largest_batch(attempt) == batch_size and tried[-1] == 2 * batch_size
+
+
+def test_batch_size_auto_is_stored_and_kept_on_resume(data, tmp_path, monkeypatch):
+    def full(size):
+        raise torch.OutOfMemoryError
+    with pytest.raises(ValueError, match="not even one image fits"):
+        train.largest_batch(full)
+    flags = ["--stage", "small", "--data", data, "--out", tmp_path / "run", *TINY, "--batch-size", "auto", "--accumulate", 2]
+    with pytest.raises(ValueError, match="--batch-size auto tries out the memory of a CUDA device, but the device is cpu; give a number"):
+        go(*flags)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(train, "probe_batch", lambda *arguments: 3)
+    go(*flags)
+    assert load_stage(tmp_path / "run/small", "small")["config"]["batch_size"] == 6
+    monkeypatch.setattr(train, "probe_batch", lambda *arguments: 99)
+    go(*flags, "--resume", "--steps", 6)
+    assert load_stage(tmp_path / "run/small", "small")["config"]["batch_size"] == 6
+
+
+# --- several processes ---
+
+WORKER = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import torch, train
+torch.nn.utils.clip_grad_norm_ = lambda parameters, max_norm: None
+loss, calls = train.training_loss, []
+
+def faulty(*arguments):
+    calls.append(0)
+    fault = {fault!r} if train.world()[0] == 1 and len(calls) == {call} else None
+    if fault == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return loss(*arguments) * (float("nan") if fault == "nan" else 1)
+
+train.training_loss = faulty
+train.run_main(train.main)
+"""
+
+
+def torchrun(script, *flags):
+    """Two processes on this machine; the finished process of torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *map(str, flags)]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+
+
+def worker(tmp_path, fault, call):
+    """train.py without clipping, whose second process has a fault at that call of the loss."""
+    (tmp_path / "worker.py").write_text(WORKER.format(root=str(ROOT), fault=fault, call=call))
+    return tmp_path / "worker.py"
+
+
+def test_two_processes_are_one(data, tmp_path):
+    flags = ["--stage", "small", "--data", data, *TINY, "--batch-size", 4, "--augment", "flip,turn,crop"]
+    go(*flags, "--out", tmp_path / "one")
+    result = torchrun("train.py", *flags, "--out", tmp_path / "two", "--accumulate", 2)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("next: python train.py") == 1 and result.stdout.count("layout") == 1
+    config = assert_same(tmp_path / "two", tmp_path / "one")["config"]
+    assert config["batch_size"] == 4 and config == json.loads((tmp_path / "two/small/config.json").read_text())
+    one, two = (list(csv.DictReader((tmp_path / name / "small/log.csv").open())) for name in ("one", "two"))
+    assert len(two) == len(one) == 2
+    for row, wanted in zip(two, one):
+        assert row["step"] == wanted["step"] and row["lr"] == wanted["lr"]
+        for name in ("loss", *train.QUARTERS):
+            assert bool(row[name]) == bool(wanted[name]) and float(row[name] or 0) == pytest.approx(float(wanted[name] or 0), abs=2e-6)
+
+
+def test_a_run_survives_a_killed_process_and_goes_on_with_fewer_or_more(data, tmp_path, unclipped):
+    flags = ["--stage", "small", "--data", data, *TINY, "--batch-size", 4]
+    go(*flags, "--out", tmp_path / "whole", "--steps", 8)
+    go(*flags, "--out", tmp_path / "run", "--steps", 2)
+    result = torchrun(worker(tmp_path, "kill", 4), *flags, "--out", tmp_path / "run", "--steps", 8, "--resume")
+    assert result.returncode != 0 and "SIGKILL" in result.stderr
+    assert load_stage(tmp_path / "run/small", "small")["step"] == 4
+    go(*flags, "--out", tmp_path / "run", "--steps", 8, "--resume")
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    assert [row["step"] for row in csv.DictReader((tmp_path / "run/small/log.csv").open())] == ["2", "4", "6", "8"]
+
+
+def test_a_broken_loss_of_one_process_stops_all(data, tmp_path):
+    result = torchrun(worker(tmp_path, "nan", 4), "--stage", "small", "--data", data, *TINY, "--out", tmp_path / "run")
+    assert result.returncode != 0 and result.stderr.count("error: the loss is nan at step 4") == 2, result.stderr
+    assert [p.name for p in checkpoints(tmp_path / "run/small")] == ["step_000002.pt"]
+
+
+def test_an_image_is_augmented_alike_in_any_share(data):
+    from datasets import open_dataset
+    dataset = open_dataset(data, (16, 16))
+    (images, masks), = train.batches(dataset, 3, 4, 6, 0, torch.device("cpu"))
+    (half, half_masks), = train.batches(dataset, 3, 4, 6, 0, torch.device("cpu"), slice(4, 6))
+    assert torch.equal(half, images[4:]) and torch.equal(half_masks, masks[4:])
+    images, masks = train.augment_each(images, masks, ["flip", "crop"], 0, 3, 0)
+    half, half_masks = train.augment_each(half, half_masks, ["flip", "crop"], 0, 3, 4)
+    assert torch.equal(half, images[4:]) and torch.equal(half_masks, masks[4:])
 
 
 def test_the_next_command_keeps_the_flags(data, tmp_path, capsys):
