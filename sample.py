@@ -20,7 +20,6 @@ from tqdm import tqdm
 from datasets import (overlay, pair_paths, pick_device, read_image, read_json, read_mask, run_main, sheet, world,
                       write_classes, write_image, write_json, write_pair)
 from defect_gen import SWITCH_T, DefectGen
-from diffusion import timesteps
 from unet import check_size
 
 KIND = "generated"      # one folder for all: a pair's classes are in its mask
@@ -65,13 +64,16 @@ def draw_pairs(args):
     """Draw the pairs that --out lacks and write them, then a contact sheet of the first 32. Processes of torchrun share the seeds out."""
     rank, processes = world()
     seeds = parse_seeds(args.seeds) if args.seeds else list(range(args.count))
-    generator = DefectGen.load(args.run, pick_device(args.device), args.compile)
+    generator = DefectGen.load(args.run, pick_device(args.device))
+    if args.compile:
+        generator.large.compile()
+        generator.small.compile()
     size = tuple(args.size or generator.size)
     check_size(*size, depth=max(generator.large.depth, generator.small.depth))
     out = Path(args.out or Path(args.run) / "samples")
-    generator.check_steps(args.num_steps, args.spacing, args.switch_t)          # refuses what does not go, before writing
+    generator.steps(args.num_steps, args.spacing, args.switch_t)          # refuses what does not go, before writing
     settings = dict(num_steps=args.num_steps, sampler=args.sampler, spacing=args.spacing, switch_t=args.switch_t, size=list(size),
-                    weights=generator.fingerprint())
+                    weights=generator.fingerprint)
     if (out / "config.json").exists() and read_json(out / "config.json") != settings:
         raise ValueError(f"{out} holds pairs drawn with other settings or weights (see its config.json); choose another --out or remove that folder")
     if processes > 1:
