@@ -3,6 +3,7 @@
     python metrics.py                                  what the distance says of drawn pills, blurred, noisy and shuffled ones
 """
 import argparse
+import math
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +34,13 @@ def sliced_wasserstein(images, reference, levels=3, patch=7, projections=64, see
     Random directions in the space of patch x patch x C pixels are 1x1 convolutions over patches, that is, filters; along each the
     distance of two distributions is a comparison of sorted values. Unlike the source every patch counts, not a random part of them, so that equal
     sets have distance 0 in any order; and one unit is the standard deviation of the reference along the direction, so that every
-    scale weighs the same.
+    scale weighs the same. There are fewer levels where the smallest picture would have no patch.
 
     Returns: list of floats, finest scale first. 0: the same patches; about 1: as far apart as one picture's patches among themselves.
     """
     if images.shape[1:] != reference.shape[1:]:
         raise ValueError(f"images are {tuple(images.shape[1:])} and the reference {tuple(reference.shape[1:])}: read both alike")
+    levels = min(levels, 1 + int(math.log2(min(images.shape[2:]) / patch)))
     directions = torch.randn(projections, images.shape[1], patch, patch, generator=torch.Generator().manual_seed(seed))
     directions /= directions.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     distances = []

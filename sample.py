@@ -3,7 +3,7 @@
     python sample.py                                    64 pairs from runs/demo into runs/demo/samples
     python sample.py --run runs/mine --seeds 100-199 --num-steps 50
     python sample.py --run runs/mine --count 1000
-    torchrun --nproc_per_node=4 sample.py --run runs/mine --count 1000      each process draws every fourth seed; the same files
+    torchrun --nproc_per_node=4 -- sample.py --run runs/mine --count 1000       each process draws every fourth seed; the same files
 
 A picture is a function of its seed: 000017.png is the same alone or in a batch. Pairs that are already there are skipped, so an
 interrupted command is simply run again.

@@ -75,7 +75,7 @@ def test_training_images_are_never_scored(sampled):
 
 
 @pytest.mark.parametrize("flags, message", [(["generations"], "unknown experiment generations"), (["--split", "val"], "no split 'val'"),
-                                            (["--seeds", "0"], "at least 1"), (["speed", "segmentation"], "ask for it alone"), (["--arch", "unet"], "no architecture .unet."),
+                                            (["--seeds", "0"], "at least 1"), (["speed", "segmentation"], "speed, which stands alone"), (["--arch", "unet"], "no architecture .unet."),
                                             (["--ratios", "half"], "--ratios half"), (["segmentation", "--ratios", "9000"], "generate more"),
                                             (["--data", "a", "--data", "b"], "--data was given 2 times and --run 1"),
                                             (["generation", "--run", "other"], "only the segmentation takes several"), (["--data", "drawn:pill"], "was trained with background, crack"),
@@ -177,29 +177,3 @@ def test_names_from_files_are_escaped_in_the_report(tmp_path):
     evaluate.write_report(tmp_path, {"x": {"title": "<i>", "text": ["<u>"], "tables": [table], "figures": [], "settings": {"a": "<s>"}}})
     page = (tmp_path / "report.html").read_text()
     assert not any(tag in page for tag in ("<script>", "<b>", "<i>", "<u>", "<s>"))
-
-
-def test_speed_prints_every_network_beside_what_is_installed_and_needs_no_run(tmp_path, monkeypatch, capsys):
-    peer = torch.nn.Conv2d(3, 2, 1)
-    loss = lambda net, x, target: torch.nn.functional.cross_entropy(net(x), target)
-    monkeypatch.setattr(evaluate, "published_segmenters", lambda num_classes: {"segformer": [("a peer", peer, lambda net, x: net(x), loss)]})
-    monkeypatch.setattr(evaluate, "in_turn", lambda calls, rounds: {name: call() or (1.0 if name[0] else 2.0) for name, call in calls.items()})
-    before = peer.weight.clone()
-    evaluate.evaluate(evaluate.parse_args(["speed", "--quick", "--arch", "segformer,deeplabv3+:resnet50", "--out", str(tmp_path)]))
-    said, numbers = capsys.readouterr().out, json.loads((tmp_path / "quick" / "speed.json").read_text())
-    assert list(numbers["segmentation"]) == ["segformer", "segformer a peer", "deeplabv3+:resnet50"]
-    assert numbers["segmentation"]["segformer a peer"] == dict(parameters=8, flops_per_image=2 * 6 * 64 * 64, ms=[1000, 1000, 250, 250], over_ours=[0.5] * 4)
-    assert "  a peer" in said and "1000 (0.50x)" in said and not torch.equal(before, peer.weight)
-
-
-def test_in_turn_takes_the_median_and_forgets_the_first_lap(monkeypatch):
-    clock, order = [0.0], []
-    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: clock[0])
-
-    def call(name, seconds):
-        order.append(name)
-        clock[0] += seconds.pop(0)
-
-    a, b = [100, 1, 3, 2], [7, 7, 7, 7]
-    assert evaluate.in_turn({"a": lambda: call("a", a), "b": lambda: call("b", b)}, 3) == {"a": 2, "b": 7}
-    assert order == list("abababab")

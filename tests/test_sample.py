@@ -1,11 +1,13 @@
 """Pairs are written as a data set, once each, named by their seed."""
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import sample
-from conftest import picture
+from conftest import ROOT, picture
 from datasets import open_dataset
 from defect_gen import checkpoints
 
@@ -78,3 +80,39 @@ def test_a_run_with_one_stage_draws_nothing(trained, tmp_path):
 def test_another_size_than_trained(trained, tmp_path):
     go("--run", trained, "--count", 2, "--num-steps", 2, "--size", 16, 32, "--out", tmp_path)
     assert torch.stack([open_dataset(tmp_path)[i][1] for i in range(2)]).shape == (2, 16, 32)
+
+
+def test_processes_share_the_seeds_and_write_the_files_of_one(trained, tmp_path):
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    go("--run", trained, "--count", 5, "--num-steps", 3, "--out", alone)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", ROOT / "sample.py", "--run", trained, "--count", "5",
+               "--num-steps", "3", "--device", "cpu", "--out", shared]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    files = {p.relative_to(alone): p.read_bytes() for p in alone.rglob("*") if p.is_file()}
+    assert files == {p.relative_to(shared): p.read_bytes() for p in shared.rglob("*") if p.is_file()} and len(files) == 5 * 3 + 3
+    assert result.stdout.count("5 pairs in") == 1
+
+
+def test_a_full_memory_halves_the_batch_and_loses_nothing(trained, tmp_path, monkeypatch, capsys):
+    asked, draw = [], sample.DefectGen.sample
+
+    def small_device(self, seeds, *args):
+        asked.append(len(seeds))
+        if len(seeds) > 2:
+            raise torch.OutOfMemoryError("full")
+        return draw(self, seeds, *args)
+
+    monkeypatch.setattr(sample.DefectGen, "sample", small_device)
+    go("--run", trained, "--count", 5, "--batch-size", 8, "--num-steps", 3, "--out", tmp_path)
+    assert asked == [5, 4, 2, 2, 1] and len(open_dataset(tmp_path)) == 5
+    assert "going on with 2 pairs at a time" in capsys.readouterr().out
+
+
+def test_a_picture_that_cannot_be_written_ends_the_command(trained, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(sample, "write_pair", full)
+    with pytest.raises(OSError, match="No space left"):
+        go("--run", trained, "--count", 3, "--num-steps", 3, "--out", tmp_path)
