@@ -189,7 +189,7 @@ def test_micro_batches_are_the_same_step(data, tmp_path, monkeypatch, unclipped)
     go(*flags, "--out", tmp_path / "parts", "--accumulate", 2, "--resume")
     assert sizes == [4] * 4 + [1] * 8 + [2] * 4
     assert_same(tmp_path / "parts", tmp_path / "whole")
-    with pytest.raises(ValueError, match="--batch-size 4 cannot be shared by 1 processes with 3 micro-batches .* a multiple of 3, like 6"):
+    with pytest.raises(ValueError, match="--batch-size 4 does not divide into 3 equal parts .* use a multiple of 3, like 6"):
         go(*flags, "--out", tmp_path / "thirds", "--accumulate", 3)
 
 
