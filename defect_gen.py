@@ -91,18 +91,31 @@ def load_stage(folder, stage, device="cpu"):
 
 # --- the generator ---
 
+def fingerprint(*nets):
+    """A short name of the weights: pairs of one folder must come from the same ones."""
+    hashed = hashlib.sha256()
+    for net in nets:
+        for value in net.state_dict().values():
+            hashed.update(value.cpu().numpy().tobytes())
+    return hashed.hexdigest()[:16]
+
+
 class DefectGen:
     """Two trained stages, the settings they share, and t_ranges {stage: [low, high]}: each was trained at low <= t < high.
 
         generator = DefectGen.load("runs/demo")
         images, masks = generator.sample(seeds=[0, 1, 2, 3])
+
+    The weights are laid out for sampling: channels last, and in bfloat16 if they were trained so and the device is faster with it.
     """
 
     def __init__(self, large, small, config, t_ranges):
-        self.large, self.small, self.config, self.t_ranges = large.eval(), small.eval(), config, t_ranges
+        self.config, self.t_ranges, self.fingerprint = config, t_ranges, fingerprint(large, small)
         self.classes, self.size = tuple(config["classes"]), tuple(config["size"])
         self.alphas_cumprod = schedule(config["T"], config["schedule"])
         self.device = next(large.parameters()).device
+        dtype = torch.bfloat16 if config["bf16"] and has_bf16(self.device) else torch.float32
+        self.large, self.small = (net.eval().to(dtype, memory_format=torch.channels_last) for net in (large, small))
 
     @classmethod
     def load(cls, run, device="cpu"):
@@ -126,26 +139,13 @@ class DefectGen:
         t_ranges = [config.get("t_range", [0, config["T"]]) for config in configs]         # once, every stage was trained at every t
         return cls(*nets, configs[0], dict(zip(STAGES, t_ranges)))
 
-    def fingerprint(self):
-        """A short name of the weights: pairs of one folder must come from the same ones."""
-        hashed = hashlib.sha256()
-        for net in (self.large, self.small):
-            for value in net.state_dict().values():
-                hashed.update(value.cpu().numpy().tobytes())
-        return hashed.hexdigest()[:16]
-
     def denoiser(self, net):
-        """f(x_t, t) -> x_0 of one network, whatever it was trained to predict; under bf16 autocast if it was trained so."""
-        bf16 = self.config["bf16"] and has_bf16(self.device)
+        """f(x_t, t) -> x_0 of one network, whatever it was trained to predict."""
+        return lambda x_t, t: to_x_start(net(x_t, t), x_t, t, self.alphas_cumprod, self.config["target"])
 
-        def denoise(x_t, t):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-                output = net(x_t, t)
-            return to_x_start(output.float(), x_t, t, self.alphas_cumprod, self.config["target"])
-        return denoise
-
-    def check_switch(self, steps, switch_t):
-        """Raise ValueError if sampling along `steps` would ask a stage at a t it was never trained at."""
+    def steps(self, num_steps, spacing, switch_t):
+        """The timesteps to sample along. Raises ValueError if one of them would ask a stage at a t it was never trained at."""
+        steps = timesteps(len(self.alphas_cumprod), num_steps, spacing, self.alphas_cumprod)
         for t in steps:
             stage = "large" if t >= switch_t else "small"
             low, high = self.t_ranges[stage]
@@ -153,6 +153,7 @@ class DefectGen:
                 raise ValueError(f"--switch-t {switch_t} asks the {stage} stage at t = {t}, but it was trained at t = {low} to {high - 1} "
                                  f"only: choose --switch-t between {self.t_ranges['large'][0]} and {self.t_ranges['small'][1]}, or train "
                                  f"the {stage} stage again with --t-range full")
+        return steps
 
     def sample(self, seeds, num_steps=20, sampler="dpm++", spacing="logsnr", switch_t=SWITCH_T, size=None, batch_size=16,
                on_step=None):
@@ -163,8 +164,7 @@ class DefectGen:
             size: (H, W), that of training by default.  on_step: callback (t, x_t, pred_x_start).
         Returns: images uint8 (N, C, H, W), masks uint8 (N, H, W), on the CPU.
         """
-        steps = timesteps(len(self.alphas_cumprod), num_steps, spacing, self.alphas_cumprod)
-        self.check_switch(steps, switch_t)
+        steps = self.steps(num_steps, spacing, switch_t)
         denoise = switched(self.denoiser(self.large), self.denoiser(self.small), switch_t)
         shape = (self.config["channels"] + len(self.classes), *(size or self.size))
         pairs = []

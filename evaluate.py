@@ -15,23 +15,21 @@ import hashlib
 import html
 import json
 import math
-import platform
 import statistics
+import sys
 import time
 from functools import cached_property
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-import torchvision
 from PIL import Image, ImageDraw, ImageFont
-from torch.utils.flop_counter import FlopCounterMode
 
-from datasets import (PALETTE, data_options, describe, has_bf16, open_dataset, overlay, pick_device, read_json, run_main, sheet, unfit,
+import benchmark
+from benchmark import machine
+from datasets import (PALETTE, data_options, describe, has_bf16, open_dataset, overlay, pick_device, print_table, read_json, run_main, sheet, unfit,
                       write_atomically, write_image, write_json)
 from inspect_rules import STANDARDS, judge, load_standard, recall_fpr, verdict
-from segment import ARCHS, build, check_arch, confusion_matrix, fit, load_backbone, miou, mix, predict, to_input
-from unet import count_parameters
+from segment import ARCHS, build, check_arch, confusion_matrix, fit, load_backbone, miou, mix, predict
 
 
 class Setting:
@@ -44,7 +42,7 @@ class Setting:
         self.config = read_json(self.run / "large" / "config.json")
         self.size, self.classes = tuple(self.config["size"]), tuple(self.config["classes"])
         self.device = pick_device(args.device)
-        self.bf16 = self.device.type == "cuda" and has_bf16(self.device)      # on CPUs autocast slows the segmenters
+        self.bf16 = has_bf16(self.device)
         self.data, self.fit = data or self.config["data"], self.config.get("fit", "squash")
         self.train, self.test = self.open(self.config["split"]), self.open(args.split)
         if not self.test.defective():
@@ -345,122 +343,6 @@ def inspection(settings, progress):
         "figures": [], "numbers": numbers}
 
 
-# --- speed ---
-
-def published_segmenters(num_classes):
-    """Well-known implementations beside which ours are timed, as far as they are installed; nothing here needs them.
-
-    Returns: {name of ours: [(name, net, scores of (net, x), loss of (net, x, target))]}
-    """
-    cross_entropy = lambda scores: lambda net, x, target: F.cross_entropy(F.interpolate(scores(net, x).float(), size=x.shape[-2:], mode="bilinear"), target)
-    found = {}
-    try:
-        import segmentation_models_pytorch as smp
-        scores = lambda net, x: net(x)
-        net = smp.DeepLabV3Plus("resnet18", encoder_weights=None, classes=num_classes)
-        found["deeplabv3+"] = [("segmentation_models.pytorch", net, scores, cross_entropy(scores))]
-    except ImportError:
-        pass
-    try:
-        from transformers import (Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig, SegformerConfig,
-                                  SegformerForSemanticSegmentation, SwinConfig)
-    except ImportError:
-        return found
-    scores = lambda net, x: net(pixel_values=x).logits
-    found["segformer"] = [("transformers", SegformerForSemanticSegmentation(SegformerConfig(num_labels=num_classes)), scores, cross_entropy(scores))]
-
-    def query_scores(net, x):
-        out = net(pixel_values=x)
-        return torch.einsum("bqk,bqhw->bkhw", out.class_queries_logits.softmax(-1)[..., :-1], out.masks_queries_logits.sigmoid())
-
-    def query_loss(net, x, target):
-        labels = [t.unique() for t in target]
-        return net(pixel_values=x, mask_labels=[(t == k[:, None, None]).float() for t, k in zip(target, labels)], class_labels=labels).loss
-
-    stages = [f"stage{i}" for i in range(1, 5)]
-    for name, sizes in (("transformers, same size", dict(encoder_layers=3, num_queries=20, backbone_config=ResNetConfig(
-            layer_type="basic", hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], out_features=stages))),
-            ("transformers, Swin-T", dict(backbone_config=SwinConfig(depths=[2, 2, 6, 2], drop_path_rate=0.3, out_features=stages)))):
-        net = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(num_labels=num_classes, **sizes))
-        found.setdefault("mask2former", []).append((name, net, query_scores, query_loss))
-    return found
-
-
-def in_turn(calls, rounds):
-    """Median seconds of each of {name: function}, called in turn after one warm-up each: a noisy neighbour slows all alike."""
-    times = {name: [] for name in calls}
-    for lap in range(rounds + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
-
-
-def segmenter_speed(args, device):
-    """Milliseconds per training step of 4 images and per image predicted, of each network and of published ones beside it."""
-    size, rounds = (64, 1) if args.quick else (256, 3)
-    images, masks = (part.to(device) for part in open_dataset("drawn:pill", (size, size)).subset(range(4)).tensors())
-    num_classes, x, target, rows, numbers = int(masks.max()) + 1, to_input(images), masks.long(), [], {}
-    others = published_segmenters(num_classes)
-    for arch in args.arch:
-        nets = [("", build(arch, num_classes), lambda net, x: net(x), lambda net, x, target: net.loss(x, target)), *others.get(arch, [])]
-        calls = {}
-        for name, net, scores, loss in nets:
-            optimizer = torch.optim.AdamW(net.to(device).parameters(), lr=1e-6, fused=True)
-            for bf16 in (False, True):
-                def step(net=net, loss=loss, optimizer=optimizer, bf16=bf16):
-                    net.train()
-                    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                        value = loss(net, x, target)
-                    value.backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    wait(device)
-
-                @torch.inference_mode()
-                def image(net=net, scores=scores, bf16=bf16):
-                    net.eval()
-                    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                        scores(net, x)
-                    wait(device)
-
-                calls[name, "train", bf16], calls[name, "predict", bf16] = step, image
-        times = in_turn(calls, rounds)
-        for name, net, scores, _ in nets:
-            with FlopCounterMode(display=False) as counter:
-                scores(net.eval(), x[:1])
-            took = [1000 * times[name, what, bf16] / parts for what, parts in (("train", 1), ("predict", len(x))) for bf16 in (False, True)]
-            title = f"  {name}" if name else arch
-            flops, parameters = counter.get_total_flops(), count_parameters(net)
-            ratio = [times[name, *key] / times["", *key] for key in (("train", False), ("train", True), ("predict", False), ("predict", True))]
-            numbers[f"{arch} {name}".strip()] = dict(parameters=parameters, flops_per_image=flops, ms=took, over_ours=ratio)
-            rows.append([title, f"{parameters / 1e6:.1f} M", f"{flops / 1e9:.1f}"] + [f"{ms:.0f} ({r:.2f}x)" if name else f"{ms:.0f}" for ms, r in zip(took, ratio)])
-    return ({"caption": f"Segmenters at {size}x{size}: milliseconds, and (a published implementation over ours in the same run)", "rows": rows,
-             "head": ["network", "parameters", "GFLOP per image", "step of 4, fp32", "bf16", "image predicted, fp32", "bf16"]}, numbers)
-
-
-def wait(device):
-    """Let an accelerator finish what it was given, or the clock measures how fast work is handed over."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-PARTS = {"segmentation": segmenter_speed}
-
-
-def speed(args):
-    """Print what the networks cost on this machine, and write it to OUT/speed.json."""
-    device, numbers = pick_device(args.device), {}
-    for part in args.part or PARTS:
-        table, numbers[part] = PARTS[part](args, device)
-        print_table(table)
-    print(f"medians; the calls of a table are made in turn. {machine(device)}")
-    path = Path(args.out or "runs") / ("quick/speed.json" if args.quick else "speed.json")
-    write_json(path, {"machine": machine(device), **numbers})
-    print(f"numbers: {path}")
-
-
 # --- report ---
 
 STYLE = """
@@ -507,7 +389,8 @@ EXPERIMENTS = {"generation": generation, "segmentation": segmentation, "inspecti
 def parse_args(argv=None):
     """The flags, checked; --run, --data and --arch as lists, --ratios as numbers."""
     parser = argparse.ArgumentParser(description="Run the experiments of a trained run and write its report.")
-    parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=f"{' | '.join(EXPERIMENTS)} (default: all), or speed, which needs no run")
+    parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=f"{' | '.join(EXPERIMENTS)} (default: all). "
+                        "speed --help explains another, which needs no run")
     parser.add_argument("--run", action="append", help="run folder with generated pairs in RUN/samples; given several times, the "
                         "segmentation has columns for each and for their mean (default: runs/demo)")
     parser.add_argument("--data", action="append", help="the data set, once for each --run (default: the one the run was trained on)")
@@ -517,26 +400,22 @@ def parse_args(argv=None):
     parser.add_argument("--skip-bad", action="store_true", help="leave out samples that cannot be read, instead of stopping; names them")
     parser.add_argument("--seeds", type=int, default=2, help="segmenters trained per cell (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=100, help="optimiser steps of each segmenter (default: %(default)s)")
-    parser.add_argument("--arch", help=f"networks of the segmentation, joined by commas: {', '.join(ARCHS)}, "
-                        "or all; deeplabv3+:resnet50 names a backbone (default: deeplabv3+,segformer, for speed all)")
+    parser.add_argument("--arch", default="deeplabv3+,segformer", help=f"networks of the segmentation, joined by commas: {', '.join(ARCHS)}, "
+                        "or all; deeplabv3+:resnet50 names a backbone (default: %(default)s)")
     parser.add_argument("--ratios", help="also compare these percentages of generated to real pairs, like 20,50,100,200,300")
     parser.add_argument("--backbone-weights", metavar="FILE", help="state dict for the backbone, or imagenet; see segment.py (default: none)")
     parser.add_argument("--standard", help="JSON file or name of the standard for the inspection (default: that of the object)")
-    parser.add_argument("--part", action="append", choices=PARTS, help="part of speed, can be repeated (default: all)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
     parser.add_argument("--quick", action="store_true", help="one seed, 2 steps, 8 scoring images: shows that everything runs; "
                         "writes to OUT/quick")
     args = parser.parse_args(argv)
-    only_speed = args.experiments == ["speed"]
     args.run = args.run or ["runs/demo"]
     args.data = args.data or [None] * len(args.run)
-    args.arch = args.arch or ("all" if only_speed else "deeplabv3+,segformer")
     args.arch = list(ARCHS) if args.arch == "all" else args.arch.split(",")
     args.experiments = args.experiments or (list(EXPERIMENTS) if len(args.run) == 1 else ["segmentation"])
     unknown = [name for name in args.experiments if name not in EXPERIMENTS]
-    if unknown and not only_speed:
-        raise ValueError("speed needs no run: ask for it alone" if "speed" in unknown else
-                         f"unknown experiment {', '.join(unknown)}; there are {', '.join(EXPERIMENTS)} and speed")
+    if unknown:
+        raise ValueError(f"unknown experiment {', '.join(unknown)}; there are {', '.join(EXPERIMENTS)}, and speed, which stands alone")
     for arch in args.arch:
         check_arch(arch)
     if len(args.run) > 1 and args.experiments != ["segmentation"]:
@@ -556,8 +435,6 @@ def parse_args(argv=None):
 
 def evaluate(args):
     """Run the experiments one after the other; each is in metrics.json and report.html as soon as it is finished."""
-    if args.experiments == ["speed"]:
-        return speed(args)
     runs = [Path(run) for run in args.run]
     out = Path(args.out) if args.out else runs[0] if len(runs) == 1 else runs[0].parent / "+".join(run.name for run in runs)
     out = out / "quick" if args.quick else out      # never in the place of numbers that mean something
@@ -588,18 +465,7 @@ def evaluate(args):
     print(f"report: {out / 'report.html'}")
 
 
-def machine(device):
-    """What the numbers were measured on."""
-    return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads), torch {torch.__version__}, torchvision {torchvision.__version__}"
-
-
-def print_table(table):
-    rows = [table["head"], *table["rows"]]
-    widths = [max(len(str(row[c])) for row in rows) for c in range(len(rows[0]))]
-    print(table["caption"])
-    for row in rows:
-        print("  " + "  ".join(str(cell).ljust(width) for cell, width in zip(row, widths)).rstrip())
-
-
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["speed"]:
+        run_main(lambda: benchmark.speed(benchmark.parse_args(sys.argv[2:])))
     run_main(lambda: evaluate(parse_args()))

@@ -3,20 +3,23 @@
     python sample.py                                    64 pairs from runs/demo into runs/demo/samples
     python sample.py --run runs/mine --seeds 100-199 --num-steps 50
     python sample.py --run runs/mine --count 1000
+    torchrun --nproc_per_node=4 sample.py --run runs/mine --count 1000      each process draws every fourth seed; the same files
 
 A picture is a function of its seed: 000017.png is the same alone or in a batch. Pairs that are already there are skipped, so an
 interrupted command is simply run again.
 """
 import argparse
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
-from datasets import (overlay, pair_paths, pick_device, read_image, read_json, read_mask, run_main, sheet,
+from datasets import (overlay, pair_paths, pick_device, read_image, read_json, read_mask, run_main, sheet, world,
                       write_classes, write_image, write_json, write_pair)
 from defect_gen import SWITCH_T, DefectGen
-from diffusion import timesteps
 from unet import check_size
 
 KIND = "generated"      # one folder for all: a pair's classes are in its mask
@@ -46,7 +49,9 @@ def parse_args(argv=None):
     parser.add_argument("--switch-t", type=int, default=SWITCH_T,
                         help="the large network owns t >= SWITCH_T; 0: large alone, 1000: small alone (default: %(default)s)")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="default: the size trained at")
-    parser.add_argument("--batch-size", type=int, default=16, help="pairs drawn at a time (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="pairs drawn at a time, fewer if the device's memory is too small "
+                        "(default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="compile the networks first: pays for many pairs on a GPU")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
     parser.add_argument("--out", help="data set to write (default: RUN/samples)")
     args = parser.parse_args(argv)
@@ -56,32 +61,65 @@ def parse_args(argv=None):
 
 
 def draw_pairs(args):
-    """Draw the pairs that --out lacks and write them, then a contact sheet of the first 32."""
+    """Draw the pairs that --out lacks and write them, then a contact sheet of the first 32. Processes of torchrun share the seeds out."""
+    rank, processes = world()
     seeds = parse_seeds(args.seeds) if args.seeds else list(range(args.count))
     generator = DefectGen.load(args.run, pick_device(args.device))
+    if args.compile:
+        generator.large.compile()
+        generator.small.compile()
     size = tuple(args.size or generator.size)
     check_size(*size, depth=max(generator.large.depth, generator.small.depth))
     out = Path(args.out or Path(args.run) / "samples")
-    timesteps(len(generator.alphas_cumprod), args.num_steps)                   # refuses a number that does not go, before writing
+    generator.steps(args.num_steps, args.spacing, args.switch_t)          # refuses what does not go, before writing
     settings = dict(num_steps=args.num_steps, sampler=args.sampler, spacing=args.spacing, switch_t=args.switch_t, size=list(size),
-                    weights=generator.fingerprint())
+                    weights=generator.fingerprint)
     if (out / "config.json").exists() and read_json(out / "config.json") != settings:
         raise ValueError(f"{out} holds pairs drawn with other settings or weights (see its config.json); choose another --out or remove that folder")
-    write_classes(out, generator.classes)
-    write_json(out / "config.json", settings)
-    print(f"settings: {settings}")
+    if processes > 1:
+        dist.init_process_group("gloo")                                         # only to wait for each other at the end
+    if rank == 0:
+        write_classes(out, generator.classes)
+        write_json(out / "config.json", settings)
+        print(f"settings: {settings}")
 
-    missing = [s for s in seeds if not all(p.exists() for p in pair_paths(out, f"{s:06d}", KIND))]
-    if len(missing) < len(seeds):
-        print(f"{len(seeds) - len(missing)} of {len(seeds)} pairs are there already")
-    with tqdm(total=len(missing), unit="pair") as bar:
-        for start in range(0, len(missing), args.batch_size):
-            chunk = missing[start:start + args.batch_size]
-            pairs = generator.sample(chunk, args.num_steps, args.sampler, args.spacing, args.switch_t, size, args.batch_size)
-            for seed, image, mask in zip(chunk, *pairs):
-                write_pair(out, f"{seed:06d}", image, mask, KIND)
-                bar.update()
+    mine = seeds[rank::processes]
+    missing = [s for s in mine if not all(p.exists() for p in pair_paths(out, f"{s:06d}", KIND))]
+    if len(missing) < len(mine):
+        print(f"{len(mine) - len(missing)} of {len(mine)} pairs are there already")
+    draw_missing(generator, missing, out, size, args, quiet=rank > 0)
+    if processes > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank == 0:
+        finish(generator, seeds, out, args.run)
 
+
+def draw_missing(generator, seeds, out, size, args, quiet):
+    """Draw and write pairs, batch by batch; the pictures of one batch are compressed and written while the next is drawn."""
+    batch_size, start, writing = args.batch_size, 0, []
+    with tqdm(total=len(seeds), unit="pair", disable=quiet) as bar, ThreadPoolExecutor(2) as pool:
+        while start < len(seeds):
+            chunk = seeds[start:start + batch_size]
+            try:
+                pairs = generator.sample(chunk, args.num_steps, args.sampler, args.spacing, args.switch_t, size, batch_size)
+            except torch.OutOfMemoryError:
+                if batch_size == 1:
+                    raise
+                batch_size = (batch_size + 1) // 2
+                print(f"the device's memory is full: going on with {batch_size} pairs at a time")
+                continue
+            for written in writing:
+                written.result()                                                # a full disk is reported here
+            writing = [pool.submit(write_pair, out, f"{seed:06d}", image, mask, KIND) for seed, image, mask in zip(chunk, *pairs)]
+            start += len(chunk)
+            bar.update(len(chunk))
+        for written in writing:
+            written.result()
+
+
+def finish(generator, seeds, out, run):
+    """The contact sheet of the first 32 pairs, and what to do next."""
     first = [pair_paths(out, f"{s:06d}", KIND)[:2] for s in seeds[:32]]
     pairs = [(read_image(i, generator.config["channels"]), read_mask(m, generator.classes)) for i, m in first]
     rows = []
@@ -89,7 +127,7 @@ def draw_pairs(args):
         rows += [("image", [i for i, _ in pairs[start:start + 8]]), ("mask", [overlay(i, m) for i, m in pairs[start:start + 8]])]
     write_image(out / "sheet.png", sheet(rows, classes=generator.classes))
     print(f"{len(seeds)} pairs in {out}, contact sheet {out / 'sheet.png'}")
-    print(f"next: python evaluate.py --run {args.run}")
+    print(f"next: python evaluate.py --run {run}")
 
 
 if __name__ == "__main__":

@@ -818,7 +818,7 @@ def main():
     print(f"{args.arch}, {parameters / 1e6:.1f} M parameters, backbone weights: {loaded}, on {device}\n"
           f"{describe(train)}\n{describe(test)}\nimages are {args.size[0]}x{args.size[1]}")
 
-    bf16 = device.type == "cuda" and has_bf16(device)      # on CPUs autocast was slower at 64 to 256 px (depthwise convolutions)
+    bf16 = has_bf16(device)
     fitted = fit(net, *train.tensors(), args.steps, args.batch_size, args.lr, args.seed, bf16, progress=True,
                  schedule=args.schedule)
     images, target = test.tensors()

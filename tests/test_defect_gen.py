@@ -128,12 +128,12 @@ def test_a_stage_is_not_asked_at_timesteps_it_was_never_trained_at(copy):
     generator = DefectGen.load(copy)
     assert generator.t_ranges == {"large": [350, 1000], "small": [0, 450]}
     for switch_t in (350, 400, 450):
-        generator.check_switch(range(999, -1, -1), switch_t)
+        generator.steps(1000, "even", switch_t)
     between = "choose --switch-t between 350 and 450, or train the"
     with pytest.raises(ValueError, match=rf"--switch-t 349 asks the large stage at t = 349, but .* t = 350 to 999 only: {between} large"):
-        generator.check_switch(range(999, -1, -1), 349)
+        generator.steps(1000, "even", 349)
     with pytest.raises(ValueError, match=rf"--switch-t 451 asks the small stage at t = 450, but .* t = 0 to 449 only: {between} small"):
-        generator.check_switch(range(999, -1, -1), 451)
+        generator.steps(1000, "even", 451)
     with pytest.raises(ValueError, match="--switch-t 1000 asks the small stage at t = 999"):
         generator.sample([0], num_steps=4, switch_t=1000)
 
