@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from datasets import (MEMORY_LIMIT, add_data_flags, augment, data_options, describe, has_bf16, open_dataset, overlay, pick_device,
-                      read_names, run_main, sheet, write_image, write_json)
+                      read_names, run_main, sheet, world, write_image, write_json)
 from defect_gen import STAGES, SWITCH_T, checkpoints, decode, encode, load_stage, save_stage
 from diffusion import q_sample, rng, sample, schedule, timesteps, to_x_start, training_loss
 from unet import LARGE, SMALL, Block, UNet, check_size, count_parameters, receptive_field
@@ -159,11 +159,6 @@ def preview(net, stage, config, images, masks, device, alphas_cumprod):
 
 # --- memory and many devices ---
 
-def world():
-    """(rank, number) of the processes that torchrun started; (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
 def recompute_activations(net):
     """Let each block keep its inputs only and compute the rest again for the gradient. A copy made later would use net's weights."""
     for module in net.modules():
@@ -208,10 +203,6 @@ def probe_batch(net, image_losses, channels, size, device):
 def prepare(args):
     """Open the data and settle the configuration; what can be wrong with flags and data is found out before the first step."""
     device = pick_device(args.device)
-    if device.type == "cuda" and device.index is None:              # each process of torchrun has a GPU of its own
-        device = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)                               # what names no device means this one
     if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
         raise ValueError("--compile needs a C++ compiler, but neither g++, clang++ nor cl is installed; install one or leave --compile out")
     dataset = open_dataset(args.data, tuple(args.size), args.split, **data_options(args))
