@@ -101,7 +101,7 @@ def fingerprint(*nets):
 
 
 class DefectGen:
-    """Two trained stages, the settings they share, and {stage: [low, high]}, the timesteps low <= t < high it was trained at.
+    """Two trained stages, the settings they share, and t_ranges {stage: [low, high]}: each was trained at low <= t < high.
 
         generator = DefectGen.load("runs/demo")
         images, masks = generator.sample(seeds=[0, 1, 2, 3])

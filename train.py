@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from datasets import (MEMORY_LIMIT, add_data_flags, augment, data_options, describe, has_bf16, open_dataset, overlay, pick_device,
-                      read_names, run_main, sheet, write_image, write_json)
+                      read_names, run_main, sheet, world, write_image, write_json)
 from defect_gen import STAGES, SWITCH_T, checkpoints, decode, encode, load_stage, save_stage
 from diffusion import q_sample, rng, sample, schedule, timesteps, to_x_start, training_loss
 from unet import LARGE, SMALL, Block, UNet, check_size, count_parameters, receptive_field
@@ -106,8 +106,7 @@ def decoded_bytes(dataset):
 
 
 def batches(dataset, first_step, steps, batch_size, seed, device, share=slice(None)):
-    """Yield (images, masks) on the device, step by step: the slice `share` of each batch. Small data are decoded once and kept there,
-    workers load larger ones."""
+    """Yield the slice `share` of each step's (images, masks) on the device. Small data are kept there, workers load larger ones."""
     def indices():
         for step in range(first_step, steps):
             yield order(len(dataset), step * batch_size, batch_size, seed)[share]
@@ -129,12 +128,6 @@ def augment_each(images, masks, names, seed, step, first):
     places = range(first, first + len(images))
     pairs = [augment(i[None], m[None], names, rng(seed, 4, step, place)) for i, m, place in zip(images, masks, places)]
     return [torch.cat(parts) for parts in zip(*pairs)]
-
-
-def draw(shape, t_range, seed, step):
-    """t (B,) and noise (B, C, H, W) of a step, always for the whole batch: every process draws the same and takes its share."""
-    random = rng(seed, 2, step)
-    return torch.randint(*t_range, shape[:1], generator=random), torch.randn(shape, generator=random)
 
 
 # --- pictures while training ---
@@ -166,11 +159,6 @@ def preview(net, stage, config, images, masks, device, alphas_cumprod):
 
 # --- memory and many devices ---
 
-def world():
-    """(rank, number) of the processes that torchrun started; (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
 def recompute_activations(net):
     """Let each block keep its inputs only and compute the rest again for the gradient. A copy made later would use net's weights."""
     for module in net.modules():
@@ -200,7 +188,7 @@ def probe_batch(net, image_losses, channels, size, device):
         x_start = torch.zeros(count, channels, *size, device=device)
         image_losses(net, x_start, torch.zeros(count, dtype=torch.int64, device=device), x_start).mean().backward()
 
-    torch.cuda.set_per_process_memory_fraction(0.8)         # headroom: AdamW's averages come with the first step
+    torch.cuda.set_per_process_memory_fraction(0.8)                 # headroom: AdamW's averages come with the first step
     count = torch.tensor(largest_batch(attempt), device=device)
     torch.cuda.set_per_process_memory_fraction(1.0)
     net.zero_grad(set_to_none=True)
@@ -215,10 +203,6 @@ def probe_batch(net, image_losses, channels, size, device):
 def prepare(args):
     """Open the data and settle the configuration; what can be wrong with flags and data is found out before the first step."""
     device = pick_device(args.device)
-    if device.type == "cuda" and device.index is None:              # each process of torchrun has a GPU of its own
-        device = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)                               # what names no device means this one
     if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
         raise ValueError("--compile needs a C++ compiler, but neither g++, clang++ nor cl is installed; install one or leave --compile out")
     dataset = open_dataset(args.data, tuple(args.size), args.split, **data_options(args))
@@ -306,8 +290,8 @@ def train(args):
         print(f"--batch-size auto: {config['batch_size']}")
     batch_size, parts = config["batch_size"], processes * args.accumulate
     if batch_size % parts:
-        raise ValueError(f"--batch-size {batch_size} cannot be shared by {processes} processes with {args.accumulate} micro-batches each; "
-                         f"use a multiple of {parts}, like {math.ceil(batch_size / parts) * parts}")
+        raise ValueError(f"--batch-size {batch_size} does not divide into {parts} equal parts (processes: {processes}, micro-batches of "
+                         f"each: {args.accumulate}); use a multiple of {parts}, like {math.ceil(batch_size / parts) * parts}")
     share = slice(rank * batch_size // processes, (rank + 1) * batch_size // processes)         # this process's part of each batch
     if args.compile:
         net.compile()                                               # in place: the names of the weights stay
@@ -337,14 +321,15 @@ def train(args):
         if args.augment:
             images, masks = augment_each(images, masks, args.augment, args.seed, step, share.start)
         x_start = encode(images, masks, len(dataset.classes))
-        t, noise = (part[share].to(device) for part in draw((batch_size, *x_start.shape[1:]), config["t_range"], args.seed, step))
+        random = rng(args.seed, 2, step)                            # for the whole batch: all processes draw the same and take their share
+        t = torch.randint(*config["t_range"], (batch_size,), generator=random)[share].to(device)
+        noise = torch.randn(batch_size, *x_start.shape[1:], generator=random)[share].to(device)
         lr = args.lr * min(1.0, (step + 1) / max(args.warmup, 1))   # never of the total: --steps can be raised later
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        micro_batches = list(zip(*(part.chunk(args.accumulate) for part in (x_start, t, noise))))
-        for i, (x_start, t, noise) in enumerate(micro_batches, 1):
-            # the processes average their gradients once per step, with the last micro-batch
+        micro_batches = zip(*(part.chunk(args.accumulate) for part in (x_start, t, noise)))
+        for i, (x_start, t, noise) in enumerate(micro_batches, 1):  # the processes average their gradients once, in the last
             with model.no_sync() if processes > 1 and i < args.accumulate else nullcontext():
                 losses = image_losses(model, x_start, t, noise)
                 (losses.mean() / args.accumulate).backward()

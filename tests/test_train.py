@@ -153,11 +153,13 @@ def test_other_images_in_the_folder_are_noticed_on_resume(data, tmp_path):
 
 @pytest.mark.parametrize("stage, low, high", [("large", 350, 1000), ("small", 0, 450)])
 def test_a_stage_trains_at_its_own_timesteps_only(data, tmp_path, monkeypatch, stage, low, high):
-    seen, loss = [], train.training_loss
+    seen, loss, drawn_at, sample = [], train.training_loss, [], train.sample
     monkeypatch.setattr(train, "training_loss", lambda net, x_start, t, *rest: seen.extend(t.tolist()) or loss(net, x_start, t, *rest))
+    monkeypatch.setattr(train, "sample", lambda denoise, x, steps, *rest: drawn_at.extend(steps) or sample(denoise, x, steps, *rest))
     flags = ["--stage", stage, "--data", data, "--out", tmp_path / "run", *TINY, "--batch-size", 64]
     go(*flags, "--t-range", "own")
     assert len(seen) == 256 and low <= min(seen) < low + 25 and high - 25 <= max(seen) < high
+    assert low <= min(drawn_at) and max(drawn_at) < high
     assert load_stage(tmp_path / "run" / stage, stage)["config"]["t_range"] == [low, high]
     row = next(csv.DictReader((tmp_path / "run" / stage / "log.csv").open()))
     assert [name for name in train.QUARTERS if not row[name]] == (["loss_q1"] if stage == "large" else ["loss_q3", "loss_q4"])
@@ -187,7 +189,7 @@ def test_micro_batches_are_the_same_step(data, tmp_path, monkeypatch, unclipped)
     go(*flags, "--out", tmp_path / "parts", "--accumulate", 2, "--resume")
     assert sizes == [4] * 4 + [1] * 8 + [2] * 4
     assert_same(tmp_path / "parts", tmp_path / "whole")
-    with pytest.raises(ValueError, match="--batch-size 4 cannot be shared by 1 processes with 3 micro-batches .* a multiple of 3, like 6"):
+    with pytest.raises(ValueError, match="--batch-size 4 does not divide into 3 equal parts .* use a multiple of 3, like 6"):
         go(*flags, "--out", tmp_path / "thirds", "--accumulate", 3)
 
 
@@ -261,6 +263,8 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 import torch, train
 torch.nn.utils.clip_grad_norm_ = lambda parameters, max_norm: None
+if train.world()[0] > 0:                # only the first process writes
+    train.write_json = train.save_stage = train.write_image = None
 loss, calls = train.training_loss, []
 
 def faulty(*arguments):
