@@ -361,3 +361,19 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(data, tmp_pa
 def test_errors_reach_the_user_without_a_traceback(tmp_path):
     result = run("train.py", "--stage", "large", "--data", tmp_path / "nowhere")
     assert result.returncode == 2 and "Traceback" not in result.stderr and "no such folder" in result.stderr
+
+
+def test_a_checkpoint_with_another_memory_layout_resumes_the_same(data, tmp_path):
+    flags = ["--stage", "small", "--data", data, *TINY]             # fused AdamW reads weights and averages in the order of memory
+    go(*flags, "--out", tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    path = checkpoints(tmp_path / "b/small")[-1]
+    checkpoint = torch.load(path, weights_only=True)
+    averages = [state[name] for state in checkpoint["optimizer"]["state"].values() for name in ("exp_avg", "exp_avg_sq")]
+    assert not all(value.is_contiguous() for value in averages)     # saved channels last
+    for state in checkpoint["optimizer"]["state"].values():
+        state.update({name: state[name].contiguous() for name in ("exp_avg", "exp_avg_sq")})
+    torch.save(checkpoint, path)
+    for name in "ab":
+        go(*flags, "--out", tmp_path / name, "--steps", 8, "--resume")
+    assert_same(tmp_path / "a", tmp_path / "b", atol=0)
