@@ -72,6 +72,8 @@ def parse_args(argv=None):
     parser.add_argument("--lr", type=float, help="learning rate of AdamW")
     parser.add_argument("--augment", type=read_names, default=[], metavar="NAMES", help="change images and masks at random: some of "
                         "flip,turn,crop, where the product may lie that way (default: none)")
+    parser.add_argument("--depth", type=int, choices=range(7), metavar="N", help="down-samplings of the network: fewer see less of the "
+                        "image (python unet.py prints how much; default: the preset's)")
     parser.add_argument("--target", default="x0", choices=["x0", "eps", "v"], help="what the network predicts (default: %(default)s)")
     parser.add_argument("--t-range", default="full", choices=["own", "full"], help="timesteps to train at: all, or the stage's own side of "
                         f"the switch at {SWITCH_T} and {T_MARGIN} beyond it (default: %(default)s)")
@@ -211,7 +213,10 @@ def prepare(args):
     if not defects:
         raise ValueError(f"--data {args.data}, split {args.split}: only products without defects; there is nothing to learn to draw")
     dataset = dataset.subset(defects)
-    network = PRESETS[args.preset][args.stage]
+    network = dict(PRESETS[args.preset][args.stage])
+    if args.depth is not None:                                      # wider levels first, then more of the widest
+        widths = network["multipliers"]
+        network["multipliers"] = (widths + widths[-1:] * args.depth)[:args.depth + 1]
     check_size(*args.size, depth=len(network["multipliers"]) - 1)
     if decoded_bytes(dataset) > MEMORY_LIMIT:
         dataset.check()                                             # smaller data are decoded, and so checked, as a whole

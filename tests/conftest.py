@@ -19,10 +19,10 @@ ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)            # small tensors: more threads only wait for each other
 
 
-def run(script, *flags, cwd=ROOT):
-    """Run one of the commands in a process of its own; returns it with .returncode, .stdout and .stderr."""
+def run(script, *flags, cwd=ROOT, launcher=()):
+    """Run one of the commands in a process of its own, or in those of a launcher; returns it with .returncode, .stdout and .stderr."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, ROOT / script, *map(str, flags)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, *launcher, ROOT / script, *map(str, flags)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def run_audit(*flags, code=0):

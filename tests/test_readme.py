@@ -13,11 +13,11 @@ from layouts import defect_spectrum
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()
-            if line.startswith("python ")]
+            if line.startswith(("python ", "torchrun "))]
 ORDER = ["inspect_rules", "drawn", "datasets", "metrics", "unet", "diffusion", "defect_gen", "segment", "benchmark", "train", "sample", "evaluate"]
 # what a command is given at the end so that it takes seconds; the last of a repeated flag wins
 SHORT = {"train.py": "--preset tiny --size 16 16 --steps 2 --batch-size 2 --save-every 2", "sample.py": "--count 2 --num-steps 2",
-         "evaluate.py": "--quick", "segment.py": "--size 32 32 --steps 2 --batch-size 2"}
+         "evaluate.py": "--quick", "segment.py": "--size 32 32 --steps 2 --batch-size 2", "benchmark.py": "--quick"}
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,12 @@ def follow(commands, place):
     """Run commands one after the other; the failures as text."""
     failures = []
     for command in commands:
-        script, *flags = shlex.split(command)[1:]
-        result = run(place / script, *flags, *shlex.split(SHORT.get(script, "")), cwd=place)
+        program, *words = shlex.split(command)
+        launcher = []
+        if program == "torchrun":
+            launcher, words = ["-m", "torch.distributed.run", "--standalone", *words[:words.index("--") + 1]], words[words.index("--") + 1:]
+        script, *flags = words
+        result = run(place / script, *flags, *shlex.split(SHORT.get(script, "")), cwd=place, launcher=launcher)
         allowed = (0, 1) if script == "inspect_rules.py" else (0,)              # 1: something was rejected
         if result.returncode not in allowed or "Traceback" in result.stderr:
             failures.append(f"{command}\n{result.stdout[-800:]}{result.stderr[-800:]}")
@@ -45,7 +49,7 @@ def follow(commands, place):
 
 def test_readme_commands_run(workplace):
     assert len(COMMANDS) > 20
-    chain = [c for c in COMMANDS if re.match(r"python (train|sample|evaluate|inspect_rules)\.py", c)]      # each needs what came before
+    chain = [c for c in COMMANDS if re.search(r"(train|sample|evaluate|inspect_rules)\.py", c)]      # each needs what came before
     with ThreadPoolExecutor(2) as pool:
         failures = pool.map(follow, (chain, [c for c in COMMANDS if c not in chain]), (workplace, workplace))
     assert not [text for texts in failures for text in texts]
