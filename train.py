@@ -37,11 +37,12 @@ from unet import LARGE, SMALL, Block, UNet, check_size, count_parameters, recept
 PRESETS = {
     # 64x64 on two CPU cores in minutes: demo, tests and teaching. fp32, for in so narrow networks casting costs more than bf16 saves
     "tiny": dict(size=(64, 64), steps=900, batch_size=4, lr=1e-3, weight_decay=0.0, ema=0.995, warmup=50, save_every=450, bf16=False,
+                 t_range="own",
                  large=dict(channels=32, multipliers=(1, 1, 2, 4), num_res_blocks=1, attention_levels=(3,), middle=True),
                  small=dict(channels=32, multipliers=(1, 2), num_res_blocks=1, attention_levels=(), middle=False)),
     # the released configuration (its yaml files): 256x256, AdamW 1e-4, weight decay 0.002, batch 2, 160k steps, EMA 0.9999
     "paper": dict(size=(256, 256), steps=160_000, batch_size=2, lr=1e-4, weight_decay=0.002, ema=0.9999, warmup=0, save_every=10_000,
-                  large=LARGE, small=SMALL),
+                  t_range="full", large=LARGE, small=SMALL),
 }
 T_MARGIN = 50                   # own timesteps reach this far beyond SWITCH_T: the switch may be moved a little when sampling
 LOG_EVERY = 10                  # steps between readings of the loss: each one waits for the device
@@ -75,8 +76,8 @@ def parse_args(argv=None):
     parser.add_argument("--depth", type=int, choices=range(7), metavar="N", help="down-samplings of the network: fewer see less of the "
                         "image (python unet.py prints how much; default: the preset's)")
     parser.add_argument("--target", default="x0", choices=["x0", "eps", "v"], help="what the network predicts (default: %(default)s)")
-    parser.add_argument("--t-range", default="full", choices=["own", "full"], help="timesteps to train at: all, or the stage's own side of "
-                        f"the switch at {SWITCH_T} and {T_MARGIN} beyond it (default: %(default)s)")
+    parser.add_argument("--t-range", choices=["own", "full"], help="timesteps to train at: all, or the stage's own side of the switch at "
+                        f"{SWITCH_T} and {T_MARGIN} beyond it; full allows any --switch-t when sampling")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order, noise and timesteps (default: %(default)s)")
     parser.add_argument("--save-every", type=int, help="steps between checkpoints with a picture of samples; the newest two are kept")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")

@@ -157,14 +157,20 @@ def test_a_stage_trains_at_its_own_timesteps_only(data, tmp_path, monkeypatch, s
     monkeypatch.setattr(train, "training_loss", lambda net, x_start, t, *rest: seen.extend(t.tolist()) or loss(net, x_start, t, *rest))
     monkeypatch.setattr(train, "sample", lambda denoise, x, steps, *rest: drawn_at.extend(steps) or sample(denoise, x, steps, *rest))
     flags = ["--stage", stage, "--data", data, "--out", tmp_path / "run", *TINY, "--batch-size", 64]
-    go(*flags, "--t-range", "own")
+    go(*flags)
     assert len(seen) == 256 and low <= min(seen) < low + 25 and high - 25 <= max(seen) < high
     assert low <= min(drawn_at) and max(drawn_at) < high
     assert load_stage(tmp_path / "run" / stage, stage)["config"]["t_range"] == [low, high]
     row = next(csv.DictReader((tmp_path / "run" / stage / "log.csv").open()))
     assert [name for name in train.QUARTERS if not row[name]] == (["loss_q1"] if stage == "large" else ["loss_q3", "loss_q4"])
     with pytest.raises(ValueError, match=rf"t_range was \[{low}, {high}\] and is \[0, 1000\]"):
-        go(*flags, "--resume", "--steps", 6)
+        go(*flags, "--t-range", "full", "--resume", "--steps", 6)
+
+
+@pytest.mark.parametrize("depth, multipliers", [(0, [1]), (1, [1, 2]), (3, [1, 2, 2, 2])])
+def test_depth_takes_levels_away_or_repeats_the_widest(data, tmp_path, depth, multipliers):
+    go("--stage", "small", "--data", data, "--out", tmp_path, *TINY, "--depth", depth)
+    assert load_stage(tmp_path / "small", "small")["network"]["multipliers"] == multipliers
 
 
 def test_a_checkpoint_from_before_t_range_resumes(trained, data, tmp_path):
@@ -174,7 +180,7 @@ def test_a_checkpoint_from_before_t_range_resumes(trained, data, tmp_path):
     for name in ("t_range", "accumulate", "checkpointing", "compile"):
         del checkpoint["config"][name]
     torch.save(checkpoint, path)
-    go("--stage", "small", "--data", data, "--out", copy, *TINY, "--steps", 6, "--resume")
+    go("--stage", "small", "--data", data, "--out", copy, *TINY, "--steps", 6, "--resume", "--t-range", "full")
     assert load_stage(copy / "small", "small")["step"] == 6
 
 
