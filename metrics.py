@@ -7,6 +7,7 @@ little: give it beside the same number for held-out real images, and with the ex
 """
 import argparse
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,8 +17,8 @@ from torchvision import models
 
 from datasets import open_dataset, print_table, run_main
 
-COPY_BELOW = 0.5        # half as new as a real photo. Copies of drawn products with noise of 10 grey levels have a novelty of 0.3, blurred ones
-                        # 0.4 (thin zippers 0.7); 0 to 3 % of held-out images lie below, 29 % where photos vary as magnetic tile's
+COPY_BELOW = 0.5    # half as new as a real photo. Copies of drawn products with noise of 10 grey levels have a novelty of 0.3, blurred ones 0.4
+                    # (thin zippers 0.7); 0 to 3 % of held-out images lie below, but 29 % where they vary as magnetic tiles do
 
 
 # --- patches ---
@@ -73,8 +74,8 @@ class Features:
 
     Without a file, D = 192: mean activations of the first two stages of a ResNet-18 with fixed random weights. Random embeddings say more
     than ImageNet's where pictures look unlike ImageNet (Naeem et al. 2020, arXiv 2002.09797). Why two stages: FID of blurred pills is then
-    14 times that of two real sets, with all four twice, and D is no larger than a generated set. Initial weights keep activations near 0.5
-    (tested), so that BatchNorm can stay as it begins, an identity.
+    14 times that of two real sets, with all four twice; and few images have N > D otherwise. BatchNorm stays as it begins, an identity:
+    the initial weights neither blow activations up nor let them vanish.
     With `weights`, a file of torchvision's inception_v3 state dict, D = 2048: its pool features at 299 px. Published FID and KID have other
     Inception weights (TensorFlow's): compare within a table, not with papers.
     """
@@ -138,15 +139,15 @@ def fid(a, b):
 
 
 def coverage_density(real, fake, k=5):
-    """(coverage, density) of features (N, D), (M, D), Naeem et al. 2020 (arXiv 2002.09797), from balls around real images that reach their
-    k-th nearest other (k = N - 1 where there are fewer).
+    """(coverage, density) of features (N, D), (M, D) (Naeem et al. 2020, arXiv 2002.09797). The ball of a real image reaches to its k-th
+    nearest other, or to the last; its rim is outside, as in the released code.
 
-    coverage: share of real images with a fake one in their ball, 0 to 1: is everything there that is in the real set?
-    density: balls that a fake image lies in, mean over k; about 1 for real ones, more where fakes crowd at dense places, 0 far away.
+    coverage: share of real images with a fake one in their ball, 0 to 1: is all there that is in the real set?
+    density: number of balls that a fake image lies in, over k: about 1 for real ones, more where fakes crowd in dense places, 0 far away.
     """
-    real, fake, k = real.double(), fake.double(), min(k, len(real) - 1)
-    radius = torch.cdist(real, real).kthvalue(k + 1).values                              # + 1: the nearest is the image itself
-    inside = torch.cdist(real, fake) < radius[:, None]                                   # (N, M)
+    k, apart = min(k, len(real) - 1), partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")     # exact: ties stay ties
+    radius = apart(real, real).kthvalue(k + 1).values                                   # + 1: the nearest is the image itself
+    inside = apart(real, fake) < radius[:, None]                                        # (N, M)
     return inside.any(1).double().mean().item(), (inside.double().sum(0).mean() / k).item()
 
 
@@ -154,10 +155,9 @@ def intra_cluster_diversity(generated, training):
     """Mean distance between generated images that share their nearest training image, in features (N, D), (M, D), averaged over the
     training images that two or more share; nan without such.
 
-    The recipe of intra-cluster LPIPS (Ojha et al. 2021, arXiv 2104.06820), with Euclidean distance of features in LPIPS's place.
-    0: each training image has only one face in the generated set, as with copies, however many of them there are.
+    The recipe of intra-cluster LPIPS (Ojha et al. 2021, arXiv 2104.06820), with the Euclidean distance of features in LPIPS's place. 0: the
+    generated images near a training image are all the same, as copies of it are.
     """
-    generated, training = generated.double(), training.double()
     nearest = torch.cdist(generated, training).argmin(1)
     clusters = [generated[nearest == i] for i in nearest.unique() if (nearest == i).sum() > 1]
     return torch.stack([F.pdist(c).mean() for c in clusters]).mean().item() if clusters else math.nan
@@ -168,12 +168,12 @@ def intra_cluster_diversity(generated, training):
 def variants(images, masks, names):
     """The images and masks in every way that datasets.augment can lay them with `names`, in blocks of N, as they are first.
 
-    flip: both axes, alone and together; turn: quarters, halves where H != W. A crop has no finite list of results and is left out: what
-    is a crop of a training image counts as new. Pair i of the result is made from pair i % N.
+    flip: both axes, alone and together, which is a half turn; turn: quarters, halves where H != W. A crop has no finite list of results
+    and is left out: what is a crop of a training image counts as new. Pair i of the result is made from pair i % N.
     """
     axes = [(), (-1,), (-2,), (-2, -1)] if "flip" in names else [()]
     turns = [0, 1, 2, 3] if "turn" in names else [0]
-    turns = [k for k in turns if (k < 2 or "flip" not in names) and (k % 2 == 0 or images.shape[-2] == images.shape[-1])]   # 180: both flips
+    turns = [k for k in turns if (k < 2 or "flip" not in names) and (k % 2 == 0 or images.shape[-2] == images.shape[-1])]
     return tuple(torch.cat([part.rot90(turn, (-2, -1)).flip(axis) for turn in turns for axis in axes]) for part in (images, masks))
 
 
@@ -193,22 +193,16 @@ def defect_crops(images, masks, side):
     return torch.stack(crops) if crops else images.new_zeros(0, images.shape[1], side, side), kept
 
 
+light = partial(F.avg_pool2d, kernel_size=2, ceil_mode=True)    # half the grain: copies with noise, or blurred, pass for 0.5 new without it
+heavy = partial(F.adaptive_avg_pool2d, output_size=8)           # leaves outline, place and shading of a product, no texture
+
+
 def distances(images, others, low_pass):
     """Root mean square difference in grey levels of all pairs of low-passed images: (N, M) float64."""
     check_alike(images, others)
     a, b = (low_pass(part.float()).flatten(1).double() for part in (images, others))
     square = a.square().sum(1, keepdim=True) + b.square().sum(1) - 2 * a @ b.T      # exact for quarters of whole numbers: a copy is at 0
     return (square / a.shape[1]).clamp(min=0).sqrt()
-
-
-def light(images):
-    """Means of 2 x 2 pixels: half the grain, by which copies with noise, or blurred, would pass as new (at 64 px 0.5 instead of 0.3)."""
-    return F.avg_pool2d(images, 2, ceil_mode=True)
-
-
-def heavy(images):
-    """Means of 8 x 8 areas: outline, place and shading of the product, no texture."""
-    return F.adaptive_avg_pool2d(images, 8)
 
 
 def novelty(generated, training, held_out):
@@ -223,9 +217,9 @@ def novelty(generated, training, held_out):
     return distances(generated, training, light).amin(1) / unit
 
 
-def copy_share(novelty, threshold=COPY_BELOW):
+def copy_share(values, threshold=COPY_BELOW):
     """Share of images whose novelty is below the threshold. Held-out images of varied products have a share too: give it beside."""
-    return (novelty < threshold).double().mean().item()
+    return (values < threshold).double().mean().item()
 
 
 def nearest_ratio(generated, training):
@@ -289,15 +283,14 @@ def main():
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels (default: %(default)s)")
     parser.add_argument("--inception", metavar="FILE", help="torchvision's inception_v3 state dict (default: random features)")
     args = parser.parse_args()
-    size, features = args.size, Features(args.inception)
-    (training, _), (test, _) = (open_dataset("drawn:pill", (size, size), split).tensors() for split in ("train", "test"))
+    size, features, rng = args.size, Features(args.inception), torch.Generator().manual_seed(0)
+    training, test = (open_dataset("drawn:pill", (size, size), split).tensors()[0] for split in ("train", "test"))
     held_out, others = test[::3], test[1::3]                        # 35 each, as many as there are for training
-    noise = torch.randn(held_out.shape, generator=torch.Generator().manual_seed(0))
-    order = torch.randperm(size * size, generator=torch.Generator().manual_seed(0))
+    noise, order = torch.randn(held_out.shape, generator=rng), torch.randperm(size * size, generator=rng)
     spoilt = {"the same": held_out, "other pills": others, "blurred": F.avg_pool2d(held_out.float(), 3, 1, 1).byte(),
               "with noise of 10 grey levels": (held_out + 10 * noise).clamp(0, 255).byte(),
-              "pixels shuffled": held_out.flatten(2)[..., order].view(held_out.shape), "copies of training": training[::3].repeat(3, 1, 1, 1),
-              "quadrants swapped": held_out.roll((size // 2, size // 2), (2, 3))}
+              "pixels shuffled": held_out.flatten(2)[..., order].view(held_out.shape),
+              "copies of training": training[::3].repeat(3, 1, 1, 1), "quadrants swapped": held_out.roll((size // 2, size // 2), (2, 3))}
     rows, real, seen = [], features(held_out), features(training)
     for name, images in spoilt.items():
         fake, new = features(images), novelty(images, training, held_out)
