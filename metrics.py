@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision import models
+from torchvision.transforms import v2
 
 from datasets import open_dataset, print_table, run_main
 
-COPY_BELOW = 0.5    # half as new as a real photo. Copies of drawn products with noise of 10 grey levels have a novelty of 0.3, blurred ones 0.4
+COPY_BELOW = 0.5    # half as new as a real photo. Copies of drawn products with noise of 10 grey levels have novelty 0.3, blurred ones 0.4
                     # (thin zippers 0.7); 0 to 3 % of held-out images lie below, but 29 % where they vary as magnetic tiles do
 
 
@@ -73,38 +74,33 @@ class Features:
     """uint8 images -> float32 (N, D) on the CPU: the space in which distributions are compared. `name` says which one, for the report.
 
     Without a file, D = 192: mean activations of the first two stages of a ResNet-18 with fixed random weights. Random embeddings say more
-    than ImageNet's where pictures look unlike ImageNet (Naeem et al. 2020, arXiv 2002.09797). Why two stages: FID of blurred pills is then
-    14 times that of two real sets, with all four twice; and few images have N > D otherwise. BatchNorm stays as it begins, an identity:
-    the initial weights neither blow activations up nor let them vanish.
+    than ImageNet's where pictures look unlike ImageNet (Naeem et al. 2020, arXiv 2002.09797). Two stages, since FID of blurred pills is
+    then 14 times that of two real sets, with all four twice. BatchNorm stays an identity: activations keep in range without it.
     With `weights`, a file of torchvision's inception_v3 state dict, D = 2048: its pool features at 299 px. Published FID and KID have other
     Inception weights (TensorFlow's): compare within a table, not with papers.
     """
 
     def __init__(self, weights=None, device="cpu"):
-        self.name, self.side, self.device = "random ResNet-18", None, device
         with torch.random.fork_rng(devices=[]):                      # the caller's random numbers stay what they were
             torch.default_generator.manual_seed(0)
             net = models.resnet18() if weights is None else models.inception_v3(init_weights=False)
         if weights is None:
-            stages = [nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1), net.layer2]
+            name, stages = "random ResNet-18", [nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1), net.layer2]
         else:
-            self.name, self.side = f"Inception-v3 ({Path(weights).name})", 299
             try:
                 net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
             except Exception as error:      # torch raises many types for a file that is something else; to the user they are one fact
                 raise ValueError(f"{weights} is no state dict of torchvision's inception_v3 ({' '.join(str(error).split())[:160]}): pass "
                                  "one, such as inception_v3_google-0cc3c7bd.pth, or no file for random features") from None
             net.fc = nn.Unflatten(1, (-1, 1, 1))                     # the pooled features, as maps of one pixel
-            stages = [net]
-        self.stages = nn.ModuleList(stages).eval().to(device)
+            name, stages = f"Inception-v3 ({Path(weights).name})", [nn.Sequential(v2.Resize((299, 299)), net)]
+        self.name, self.device, self.stages = name, device, nn.ModuleList(stages).eval().to(device)
 
     @torch.no_grad()
     def __call__(self, images):
         rows = []
         for x in images.split(16):
             x, means = x.to(self.device).float().expand(-1, 3, -1, -1) / 127.5 - 1, []
-            if self.side:
-                x = F.interpolate(x, (self.side, self.side), mode="bilinear", antialias=True)
             for stage in self.stages:
                 x = stage(x)
                 means.append(x.mean((2, 3)))
@@ -114,9 +110,9 @@ class Features:
 
 def kid(a, b):
     """Kernel distance of features (N, D), (M, D): unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018,
-    arXiv 1801.01401). All pairs count, where the source averages over random subsets.
+    arXiv 1801.01401), of all pairs, where the source averages over random subsets.
 
-    About 0 for sets of one distribution at any N and M, which is why it can be less than 0; nan for a single image.
+    0 on average for sets of one distribution, at any N and M, so also below 0; nan for a single image.
     """
     def kernel(x, y):
         return (x.double() @ y.double().T / x.shape[1] + 1) ** 3
@@ -134,8 +130,8 @@ def fid(a, b):
     """
     a, b = a.double(), b.double()
     r_a, r_b = (torch.linalg.qr((x - x.mean(0)) / math.sqrt(max(1, len(x) - 1)), mode="r").R for x in (a, b))
-    root = torch.linalg.matrix_norm(r_a @ r_b.T, "nuc")
-    return ((a.mean(0) - b.mean(0)).square().sum() + r_a.square().sum() + r_b.square().sum() - 2 * root).clamp(min=0).item()
+    traces = r_a.square().sum() + r_b.square().sum() - 2 * torch.linalg.matrix_norm(r_a @ r_b.T, "nuc")
+    return ((a.mean(0) - b.mean(0)).square().sum() + traces).clamp(min=0).item()
 
 
 def coverage_density(real, fake, k=5):
@@ -153,10 +149,8 @@ def coverage_density(real, fake, k=5):
 
 def intra_cluster_diversity(generated, training):
     """Mean distance between generated images that share their nearest training image, in features (N, D), (M, D), averaged over the
-    training images that two or more share; nan without such.
-
-    The recipe of intra-cluster LPIPS (Ojha et al. 2021, arXiv 2104.06820), with the Euclidean distance of features in LPIPS's place. 0: the
-    generated images near a training image are all the same, as copies of it are.
+    training images that two or more share; nan without such. The recipe of intra-cluster LPIPS (Ojha et al. 2021, arXiv 2104.06820), with
+    Euclidean distance of features in LPIPS's place. 0: what is nearest to a training image is all the same, as copies are.
     """
     nearest = torch.cdist(generated, training).argmin(1)
     clusters = [generated[nearest == i] for i in nearest.unique() if (nearest == i).sum() > 1]
@@ -171,16 +165,14 @@ def variants(images, masks, names):
     flip: both axes, alone and together, which is a half turn; turn: quarters, halves where H != W. A crop has no finite list of results
     and is left out: what is a crop of a training image counts as new. Pair i of the result is made from pair i % N.
     """
-    axes = [(), (-1,), (-2,), (-2, -1)] if "flip" in names else [()]
-    turns = [0, 1, 2, 3] if "turn" in names else [0]
-    turns = [k for k in turns if (k < 2 or "flip" not in names) and (k % 2 == 0 or images.shape[-2] == images.shape[-1])]
+    axes, square = [(), (-1,), (-2,), (-2, -1)] if "flip" in names else [()], images.shape[-2] == images.shape[-1]
+    turns = [k for k in range(4 if "turn" in names else 1) if (k < 2 or "flip" not in names) and (k % 2 == 0 or square)]
     return tuple(torch.cat([part.rot90(turn, (-2, -1)).flip(axis) for turn in turns for axis in axes]) for part in (images, masks))
 
 
 def defect_crops(images, masks, side):
-    """Squares of side x side pixels around the centre of the box that holds all defect pixels of a mask, moved inside the image.
-
-    Returns: crops uint8 (K, C, side, side) and the indices (K,) of their images; images without a defect have none.
+    """Squares (K, C, side, side) around the centre of the box that holds all defect pixels of a mask, moved inside the image, and the
+    indices (K,) of their images: those without a defect have none.
     """
     size = masks.shape[1:]
     if side > min(size):
@@ -225,8 +217,7 @@ def copy_share(values, threshold=COPY_BELOW):
 def nearest_ratio(generated, training):
     """Distance of each generated image to the nearest training image, over the mean distance to the next five, or those there are: (N,).
 
-    0: a copy; 1: no training image is nearer than others. It needs no held-out images. Carlini et al. 2023 (arXiv 2301.13188) tell copies
-    by such a ratio, of 50 neighbours.
+    0: a copy; 1: none is nearer than others. Needs no held-out images. Carlini et al. 2023 (arXiv 2301.13188) so tell copies, with 50.
     """
     d = distances(generated, training, light).sort(1).values
     return d[:, 0] / d[:, 1:6].mean(1).clamp(min=1e-9)
@@ -246,30 +237,33 @@ def shape_distance(images, reference):
 # --- masks ---
 
 def components(hits):
-    """8-connected components of bool (N, H, W): int64 labels, 0 outside, else 1 + the largest pixel index of the component."""
-    labels = torch.arange(1, hits[0].numel() + 1).view(hits[0].shape) * hits
+    """8-connected components of bool (N, H, W): int64 labels, 0 outside, else 1 + the largest pixel index of the component.
+
+    Each round pixels take over the largest label around, hand it to the pixel that their old label names, and read what the one that the
+    new label names was given: a way of n pixels takes about log n rounds, not n.
+    """
+    labels = (torch.arange(1, hits[0].numel() + 1).view(hits[0].shape) * hits).flatten(1)
     while True:
-        grown = F.max_pool2d(labels, 3, 1, 1) * hits
-        flat = F.pad(grown.flatten(1), (1, 0))
-        grown = flat.gather(1, flat)[:, 1:].view_as(labels)         # the label of the pixel that one's label names: far ends meet soon
+        grown = (F.max_pool2d(labels.view(hits.shape), 3, 1, 1) * hits).flatten(1)
+        given = F.pad(grown, (1, 0)).scatter_reduce(1, labels, grown, "amax")                # place 0 is that of the label 0
+        grown = given.gather(1, given)[:, 1:]
         if torch.equal(grown, labels):
-            return labels
+            return labels.view(hits.shape)
         labels = grown
 
 
 def mask_statistics(masks, num_classes):
-    """What masks look like: {"empty": share of masks without a defect, "classes": [one dict per class]}.
+    """What masks look like: {"empty": share of masks without a defect, "classes": [one dict per class, background first]}.
 
     pixels, images: share of the pixels, and of the images with at least one. Of those images: components, their mean number of 8-connected
-    parts; median_area_px of a part; centre, the mean (y, x) of the pixels in 0 .. 1. None for a class that never occurs.
+    parts; median_area_px of a part; centre, the mean (y, x) of the pixels in 0 .. 1; None for background and classes that never occur.
     """
-    n, h, w = masks.shape
-    classes = []
+    (n, h, w), classes = masks.shape, []
     for k in range(num_classes):
         hits = masks == k
         there = hits[hits.flatten(1).any(1)]
         found = dict(pixels=hits.double().mean().item(), images=len(there) / n, components=None, median_area_px=None, centre=None)
-        if len(there):
+        if k and len(there):
             areas = torch.cat([labels[labels > 0].unique(return_counts=True)[1] for labels in components(there)])
             _, y, x = there.nonzero(as_tuple=True)
             found.update(components=len(areas) / len(there), median_area_px=areas.double().quantile(0.5).item(),
