@@ -28,7 +28,10 @@ import benchmark
 from benchmark import machine
 from datasets import (PALETTE, data_options, describe, has_bf16, open_dataset, overlay, pick_device, print_table, read_json, run_main, sheet, unfit,
                       write_atomically, write_image, write_json)
+from defect_gen import DefectGen
 from inspect_rules import STANDARDS, judge, load_standard, recall_fpr, verdict
+from metrics import (COPY_BELOW, Features, copy_share, coverage_density, defect_crops, distances, intra_cluster_diversity, kid, light, mask_statistics,
+                     novelty, shape_distance, sliced_wasserstein, variants)
 from segment import ARCHS, build, check_arch, confusion_matrix, fit, load_backbone, miou, mix, predict
 
 
@@ -106,55 +109,89 @@ class Setting:
 
 # --- generation ---
 
-def nearest(images, others):
-    """For each of images (N, C, H, W): index of its nearest in others, and their root mean square distance in grey levels."""
-    distance = torch.cdist(images.flatten(1).float(), others.flatten(1).float()) / math.sqrt(images[0].numel())
-    return distance.min(1).indices.tolist(), distance.min(1).values.tolist()
+SWITCHES = 0, 200, 400, 600, 800, 1000      # 0: the large network alone, 1000: the small one alone
+MEASURES = ["patch distance", "1000 KID", "coverage %", "density", "diversity", "novelty", "copies %", "defect novelty", "shape"]
 
 
 def class_table(classes, named_masks):
-    """Rows of (class, share of pixels and of images that hold it, for each named set of masks), and the same as numbers."""
-    head = ["class"] + [f"{name}: {what}" for name in named_masks for what in ("% of pixels", "% of images")]
+    """Rows of each class in each named set of masks, and the same as numbers; see mask_statistics."""
     rows, numbers = [], {}
-    for k, name in enumerate(classes):
-        hits = [(m == k).flatten(1).double() for m in named_masks.values()]
-        shares = [(100 * hit.mean().item(), 100 * hit.amax(1).mean().item()) for hit in hits]
-        rows.append([name] + [f"{value:.2f}" for pair in shares for value in pair])
-        numbers[name] = {title: dict(pixels_percent=p, images_percent=i) for title, (p, i) in zip(named_masks, shares)}
-    return {"head": head, "rows": rows}, numbers
+    for title, masks in named_masks.items():
+        numbers[title] = mask_statistics(masks, len(classes))
+        for name, found in zip(classes[1:], numbers[title]["classes"][1:]):
+            there = found["components"] is not None
+            rows.append([title, name, f"{100 * found['pixels']:.2f}", f"{100 * found['images']:.0f}"]
+                        + ([f"{found['components']:.1f}", f"{found['median_area_px']:.0f}", "{:.2f}, {:.2f}".format(*found["centre"])] if there else ["–"] * 3))
+    return {"head": ["set", "class", "% of pixels", "% of images", "parts per image", "median part, px", "mean centre y, x"], "rows": rows}, numbers
+
+
+def drawn_at(setting, switch_t, seeds):
+    """Pairs of a run drawn with another switch, from the same noise as its own; None where a stage was never trained for it."""
+    generator = DefectGen.load(setting.run, setting.device)
+    try:
+        return generator.sample(seeds, switch_t=switch_t)
+    except ValueError:
+        return None
+
+
+def measures(images, masks, training, reference, features):
+    """One number for each of MEASURES: of pictures, beside held-out real ones and the training images with their variants."""
+    fake, real, seen = features(images), features(reference[0]), features(training[0])
+    side = min(images.shape[2:]) // 4
+    crops = [defect_crops(*pairs, side)[0] for pairs in ((images, masks), training, reference)]
+    new = novelty(images, training[0], reference[0])
+    coverage, density = coverage_density(real, fake)
+    return [statistics.mean(sliced_wasserstein(images, reference[0])), 1000 * kid(fake, real), 100 * coverage, density,
+            intra_cluster_diversity(fake, seen), new.median().item(), 100 * copy_share(new),
+            novelty(*crops).median().item() if len(crops[0]) else math.nan, shape_distance(images, reference[0]).mean().item()]
 
 
 def generation(settings, progress):
-    """Generated beside real: pictures, nearest training images, and the share of each class."""
+    """Generated beside real: how far apart they are, what is copied, what masks hold; for each switch that the run was trained for."""
     setting, = settings
+    args, features = setting.args, Features(device=setting.device)
     train, test = (part.subset(part.defective()).tensors() for part in (setting.train, setting.test))
-    drawn = setting.drawn
-    table, shares = class_table(setting.classes, {"training": train[1], "held out": test[1], "generated": drawn[1]})
+    reference, others = ([part[i::2] for part in test] for i in (0, 1))
+    training = variants(*train, setting.config["augment"])
+    config = read_json(setting.run / "samples" / "config.json")
+    count = min(len(setting.drawn[0]), 8 if args.quick else 64)
+    sets = {f"switch_t {config['switch_t']}": [part[:count] for part in setting.drawn]}
+    for switch_t in SWITCHES:
+        pairs = None if switch_t == config["switch_t"] else drawn_at(setting, switch_t, list(range(count)))
+        if pairs:
+            sets[{0: "large only", 1000: "small only"}.get(switch_t, f"switch_t {switch_t}")] = pairs
+            progress(f"{count} pairs drawn with switch_t {switch_t}")
+    groups = max(1, min(args.seeds, count // 8))
+    rows, numbers = [], {}
+    for name, (images, masks) in {"other real images": others, **sets}.items():
+        parts = [measures(images[i::groups], masks[i::groups], training, reference, features) for i in range(groups)]
+        numbers[name] = dict(zip(MEASURES, zip(*parts)))
+        rows.append([name] + [" ± ".join(f"{f(v):.2f}" for f in (statistics.mean, statistics.stdev)[:groups]) for v in zip(*parts)])
+        progress(f"{name}: novelty {rows[-1][1 + MEASURES.index('novelty')]}")
 
-    index, to_training = nearest(drawn[0], train[0])
-    _, held_out = nearest(test[0], train[0])
-    progress(f"nearest training image of {len(drawn[0])} generated and {len(test[0])} held-out images")
-    show = range(0, len(drawn[0]), max(1, len(drawn[0]) // 8))[:8]
-    copies = [index[i] for i in show]
-    rows = [("generated", [drawn[0][i] for i in show]), ("its mask", [overlay(drawn[0][i], drawn[1][i]) for i in show]),
-            ("nearest training", [train[0][i] for i in copies]), ("its mask", [overlay(train[0][i], train[1][i]) for i in copies])]
+    table, shares = class_table(setting.classes, {"training": train[1], "held out": test[1], **{name: masks for name, (_, masks) in sets.items()}})
+    show = range(0, count, max(1, count // 8))[:8]
+    same_noise = [row for name, (images, masks) in sets.items()
+                  for row in ((name, [images[i] for i in show]), ("its mask", [overlay(images[i], masks[i]) for i in show]))]
+    images, masks = next(iter(sets.values()))
+    nearest = [distances(images[i:i + 1], training[0], light).argmin().item() for i in show]
+    copies = same_noise[:2] + [("nearest training", [training[0][i] for i in nearest]), ("its mask", [overlay(training[0][i], training[1][i]) for i in nearest])]
     real = [(name, [overlay(images[i], masks[i]) for i in range(0, len(images), max(1, len(images) // 8))][:8])
             for name, (images, masks) in (("training", train), ("held out", test))]
-    empty = (drawn[1] == 0).flatten(1).all(1).double().mean().item()
-    distances = {"generated": statistics.median(to_training), "held out": statistics.median(held_out)}
+    figures = [("nearest.png", copies, "Generated pairs, and the training image nearest to each"), ("real.png", real, "Real images with their masks")]
+    if len(sets) > 1:
+        figures.insert(1, ("switches.png", same_noise, "The same noise, handed over at another timestep"))
+    empty = {name: found["empty"] for name, found in shares.items()}
     return {
         "title": "Generation",
-        "text": [f"{len(drawn[0])} generated pairs, {len(train[0])} training and {len(test[0])} held-out images with defects.",
-                 "Median distance to the nearest training image (root mean square, grey levels of 255): "
-                 f"generated {distances['generated']:.1f}, held-out real images {distances['held out']:.1f}. "
-                 "A copy has 0. Well below the held-out value, the pictures repeat training images or are bland: look at them.",
-                 f"{100 * empty:.0f} % of the generated pairs have an empty mask."],
-        "tables": [{"caption": "Share of each class, images with defects", **table}],
-        "figures": [setting.figure("nearest.png", sheet(rows, classes=setting.classes), "Generated pairs, and the training image "
-                                                                                        "nearest to each"),
-                    setting.figure("real.png", sheet(real, classes=setting.classes), "Real images with their masks")],
-        "numbers": {"classes": shares, "empty_share": empty, "median_distance_to_training": distances,
-                    "generated": len(drawn[0]), "training": len(train[0]), "held_out": len(test[0])}}
+        "text": [f"{count} generated pairs, {len(train[0])} training images ({len(training[0])} with the variants of --augment) and {len(reference[0])} held-out images "
+                 f"as reference, {len(others[0])} more in the first row; all with defects. Mean ± standard deviation over {groups} parts of each set.",
+                 f"Patch distance: sliced Wasserstein, 0 best. KID, coverage, density (1 best) and diversity in features of {features.name}. Novelty: distance to "
+                 f"the nearest training image, held-out images have 1, a copy 0; below {COPY_BELOW} it counts as a copy. Shape: distance of the outlines, real ones have 1.",
+                 "Empty masks: " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in empty.items()) + "."],
+        "tables": [{"caption": "Distances", "head": ["set", *MEASURES], "rows": rows}, {"caption": "Masks of images with defects", **table}],
+        "figures": [setting.figure(file, sheet(rows, classes=setting.classes), caption) for file, rows, caption in figures],
+        "numbers": {"measures": numbers, "masks": shares, "generated": count, "training": len(train[0]), "held_out": len(test[0])}}
 
 
 # --- segmentation ---

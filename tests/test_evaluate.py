@@ -37,9 +37,23 @@ def test_all_three_with_a_standard_of_ones_own(sampled, tmp_path, capsys):
         assert picture(sampled / "quick/figures" / figure).std() > 0
     table = metrics["inspection"]["numbers"]["spectrum"][0]
     assert sum(table[key] for key in ("tp", "fn", "fp", "tn")) == 9 and table["tp"] + table["fn"] == 3      # cracks are not allowed, dirt is small
-    shares = metrics["generation"]["numbers"]["classes"]["crack"]["held out"]
-    assert shares["images_percent"] == 50                           # good products are left out of this table
+    held_out = metrics["generation"]["numbers"]["masks"]["held out"]
+    assert held_out["empty"] == 0 and held_out["classes"][1]["images"] == 0.5       # good products are left out of this table
+    assert list(metrics["generation"]["numbers"]["measures"]) == ["other real images", "switch_t 400"]      # trained on its own timesteps
     assert str(sampled / "quick/report.html") in capsys.readouterr().out
+
+
+def test_a_run_trained_at_all_timesteps_is_drawn_with_every_switch_from_the_same_noise(data, tmp_path):
+    out = tmp_path / "run"
+    for stage in ("large", "small"):
+        train.train(train.parse_args(["--stage", stage, "--data", str(data), "--out", str(out), *TINY, "--t-range", "full"]))
+    sample.draw_pairs(sample.parse_args(["--run", str(out), "--count", "8", "--switch-t", "600"]))
+    result = go("generation", "--run", out, "--quick")["generation"]
+    assert [row[0] for row in result["tables"][0]["rows"]] == ["other real images", "switch_t 600", "large only", "switch_t 200", "switch_t 400",
+                                                               "switch_t 800", "small only"]
+    generator = evaluate.DefectGen.load(out)
+    assert torch.equal(generator.sample([3], switch_t=600)[0], generator.sample([1, 3], switch_t=600)[0][1:])
+    assert picture(out / "quick/figures/switches.png").std() > 0
 
 
 def test_one_experiment_keeps_the_results_of_the_others(sampled):
