@@ -90,8 +90,9 @@ class Features:
             try:
                 net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
             except Exception as error:      # torch raises many types for a file that is something else; to the user they are one fact
-                raise ValueError(f"{weights} is no state dict of torchvision's inception_v3 ({' '.join(str(error).split())[:160]}): pass "
-                                 "one, such as inception_v3_google-0cc3c7bd.pth, or no file for random features") from None
+                reason = " ".join(str(error).split(". ")[0].split())[:160]
+                raise ValueError(f"{weights} is no state dict of torchvision's inception_v3 ({reason}): pass one, such as "
+                                 "inception_v3_google-0cc3c7bd.pth, or no file for random features") from None
             net.fc = nn.Unflatten(1, (-1, 1, 1))                     # the pooled features, as maps of one pixel
             name, stages = f"Inception-v3 ({Path(weights).name})", [nn.Sequential(v2.Resize((299, 299)), net)]
         self.name, self.device, self.stages = name, device, nn.ModuleList(stages).eval().to(device)
@@ -227,8 +228,8 @@ def shape_distance(images, reference):
     """Distance of each image to its nearest reference image when little but the product's outline is left (means of 8 x 8 areas), over
     the mean of that distance among the reference images, each to its nearest other: (N,). A definition of our own.
 
-    Its mean is about 1 for further real images, more where the outline is broken, and unmoved by fine texture. Take held-out images as
-    reference: among a few training photos near-duplicates make the unit too small, and copies of them would have 0.
+    Its mean is about 1 for further real images, more where the outline is broken, and unmoved by fine texture. Take held-out images, at
+    least two, as reference: among a few training photos near-duplicates make the unit too small, and copies of them would have 0.
     """
     among = distances(reference, reference, heavy).fill_diagonal_(math.inf)
     return distances(images, reference, heavy).amin(1) / among.amin(1).mean()
@@ -279,9 +280,9 @@ def main():
     args = parser.parse_args()
     size, features, rng = args.size, Features(args.inception), torch.Generator().manual_seed(0)
     training, test = (open_dataset("drawn:pill", (size, size), split).tensors()[0] for split in ("train", "test"))
-    held_out, others = test[::3], test[1::3]                        # 35 each, as many as there are for training
+    held_out = test[::3]                                            # 35, as many as there are for training
     noise, order = torch.randn(held_out.shape, generator=rng), torch.randperm(size * size, generator=rng)
-    spoilt = {"the same": held_out, "other pills": others, "blurred": F.avg_pool2d(held_out.float(), 3, 1, 1).byte(),
+    spoilt = {"the same": held_out, "other pills": test[1::3], "blurred": F.avg_pool2d(held_out.float(), 3, 1, 1).byte(),
               "with noise of 10 grey levels": (held_out + 10 * noise).clamp(0, 255).byte(),
               "pixels shuffled": held_out.flatten(2)[..., order].view(held_out.shape),
               "copies of training": training[::3].repeat(3, 1, 1, 1), "quadrants swapped": held_out.roll((size // 2, size // 2), (2, 3))}

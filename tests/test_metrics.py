@@ -78,9 +78,11 @@ def test_inception_features_are_the_pooled_ones_of_the_file(tmp_path):
     torch.save(net.state_dict(), tmp_path / "weights.pth")
     features, pooled = Features(tmp_path / "weights.pth"), []
     net.avgpool.register_forward_hook(lambda module, inputs, output: pooled.append(output.flatten(1)))
+    image = torch.nn.functional.interpolate(PICTURES[:1].float(), (299, 299)).byte()
     with torch.no_grad():
-        net(torch.full((1, 3, 299, 299), 2 * 100 / 255 - 1))                                # a flat image is flat at any size
-    torch.testing.assert_close(features(torch.full((1, 1, 20, 24), 100, dtype=torch.uint8)), pooled[0])
+        net(image / 127.5 - 1)
+    torch.testing.assert_close(features(image), pooled[0], rtol=1e-3, atol=0)
+    assert features(PICTURES[:2, :1]).shape == (2, 2048)
     assert pooled[0].shape == (1, 2048) and features.name == "Inception-v3 (weights.pth)"
 
     (tmp_path / "weights.pth").unlink()                                                      # 100 MB
@@ -173,6 +175,8 @@ def test_novelty_is_0_for_copies_1_for_held_out_images_and_in_units_of_them():
     assert novelty(held_out, training, held_out).quantile(0.5) == pytest.approx(1)
     flat = lambda *values: torch.tensor(values).byte().view(-1, 1, 1, 1).expand(-1, 3, 5, 4)         # distances are differences
     assert novelty(flat(100, 96, 110, 200), flat(100, 180), flat(98, 104, 108)).tolist() == [0, 1, 2.5, 5]
+    edge = torch.cat([training[..., :-1], 255 - training[..., -1:]], -1)                    # the last of an odd number of columns counts
+    assert novelty(edge[..., 1:], training[..., 1:], held_out[..., 1:]).min() > 0
     grain = 10 * (-1) ** (torch.arange(24)[:, None] + torch.arange(24))
     assert novelty(grain + torch.full((1, 3, 24, 24), 100), torch.full((1, 3, 24, 24), 100), held_out) == 0      # grain alone is not new
     noise = 10 * torch.randn(training.shape, generator=torch.Generator().manual_seed(0))
@@ -217,10 +221,10 @@ def test_shape_distance_grows_with_a_broken_outline_and_not_with_texture():
     real = shape_distance(images, reference).mean().item()
     assert real == pytest.approx(1, abs=0.2)
     assert shape_distance(images.roll((16, 16), (2, 3)), reference).mean() > 3 * real
-    noisy = (images + 10 * torch.randn(images.shape, generator=rng)).clamp(0, 255).byte()
+    noisy = (images + 15 * torch.randn(images.shape, generator=rng)).clamp(0, 255).byte()
     blurred = torch.nn.functional.avg_pool2d(images.float(), 3, 1, 1, count_include_pad=False)
     for texture in (noisy, blurred):
-        assert shape_distance(texture, reference).mean().item() == pytest.approx(real, abs=0.15)
+        assert shape_distance(texture, reference).mean().item() == pytest.approx(real, abs=0.12)
     assert shape_distance(reference, reference).tolist() == [0] * 20
 
 
