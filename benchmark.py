@@ -206,7 +206,7 @@ def sampling_speed(args, device):
     run = Path(args.run)
     if not all(checkpoints(run / stage) for stage in STAGES):
         return {"caption": f"Sampling: not measured, there is no trained run in {run}; train one, or name it by --run", "head": [], "rows": []}, None
-    generator, groups, per_group = DefectGen.load(run, device), 1 if args.quick else 3, 2 if args.quick else 16
+    generator, groups, per_group = DefectGen.load(run, device), 1 if args.quick else 3, 2 if args.quick else 8
     config = generator.config
     real = [open_dataset(config["data"], generator.size, split, **data_options(config)) for split in (config["split"], "test")]
     real = [torch.cat(parts) for parts in zip(*(part.subset(part.defective()).tensors() for part in real))]
