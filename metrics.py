@@ -60,7 +60,7 @@ def main():
     spoilt = {"the same": test, "other pills": train, "blurred": F.avg_pool2d(test.float(), 3, 1, 1), "with noise of 10 grey levels":
               (test + 10 * noise).clamp(0, 255), "pixels shuffled": test.flatten(2)[..., order].view(test.shape)}
     rows = [[name] + [f"{d:.3f}" for d in sliced_wasserstein(images, test)] for name, images in spoilt.items()]
-    print_table({"caption": f"distance to {len(test)} drawn pills of {size} px", "head": ["", "fine", "middle", "coarse"], "rows": rows})
+    print_table({"caption": f"distance to {len(test)} drawn pills of {size} px", "head": ["", "fine", "middle", "coarse"][:len(rows[0])], "rows": rows})
 
 
 if __name__ == "__main__":

@@ -51,6 +51,8 @@ QUARTERS = ["loss_q1", "loss_q2", "loss_q3", "loss_q4"]         # loss by quarte
 
 def number_or_auto(text):
     """The value of --batch-size."""
+    if text != "auto" and not text.lstrip("-").isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto")
     return text if text == "auto" else int(text)
 
 
@@ -265,7 +267,7 @@ def open_log(path, first_step):
 def other_stage(args, stage):
     """The flags that train the other stage on the same images."""
     flags = {"stage": stage, "data": args.data, "object": args.object, "layout": args.layout, "split": args.split, "fit": args.fit,
-             "out": args.out, "preset": args.preset, "t-range": args.t_range}
+             "out": args.out, "preset": args.preset, "target": args.target, "t-range": args.t_range}
     return [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))] + [
         "--size", *map(str, args.size)] + ["--skip-bad"] * args.skip_bad
 
@@ -301,8 +303,10 @@ def train(args):
         print(f"--batch-size auto: {config['batch_size']}")
     batch_size, parts = config["batch_size"], processes * args.accumulate
     if batch_size % parts:
+        advice = ("a resumed run keeps its batch size, so change one of these" if first_step else
+                  f"use a multiple of {parts}, like {math.ceil(batch_size / parts) * parts}")
         raise ValueError(f"--batch-size {batch_size} does not divide into {parts} equal parts (processes: {processes}, micro-batches of "
-                         f"each: {args.accumulate}); use a multiple of {parts}, like {math.ceil(batch_size / parts) * parts}")
+                         f"each: {args.accumulate}); {advice}")
     share = slice(rank * batch_size // processes, (rank + 1) * batch_size // processes)         # this process's part of each batch
     if args.compile:
         net.compile()                                               # in place: the names of the weights stay

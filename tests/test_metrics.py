@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+from conftest import run
 from metrics import laplacian_pyramid, sliced_wasserstein, wasserstein
 
 
@@ -38,3 +39,8 @@ def test_equal_sets_in_any_order_are_at_distance_0_and_what_is_lost_shows_at_its
     assert brighter[0] < 0.01 and brighter[2] > 0.1                                         # a shift is no detail
     with pytest.raises(ValueError, match=r"images are \(3, 32, 32\) and the reference \(3, 16, 16\)"):
         sliced_wasserstein(images, images[:, :, ::2, ::2])
+
+
+def test_small_pictures_have_fewer_scales_and_a_table():
+    result = run("metrics.py", "--size", 24)
+    assert result.returncode == 0 and "middle" in result.stdout and "coarse" not in result.stdout, result.stderr
