@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from datasets import (overlay, pair_paths, pick_device, read_image, read_json, read_mask, run_main, sheet, world,
+from datasets import (check_compiler, overlay, pair_paths, pick_device, read_image, read_json, read_mask, run_main, sheet, world,
                       write_classes, write_image, write_json, write_pair)
 from defect_gen import SWITCH_T, DefectGen
 from unet import check_size
@@ -48,7 +48,7 @@ def parse_args(argv=None):
     parser.add_argument("--spacing", default="logsnr", choices=["logsnr", "quadratic", "even"],
                         help="of the timesteps (default: %(default)s)")
     parser.add_argument("--switch-t", type=int, default=SWITCH_T,
-                        help="the large network owns t >= SWITCH_T; 0: large alone, 1000: small alone (default: %(default)s)")
+                        help="the large network owns t >= SWITCH_T; with a run of --t-range full 0 is large alone, 1000 small alone (default: %(default)s)")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="default: the size trained at")
     parser.add_argument("--batch-size", type=int, default=16, help="pairs drawn at a time, fewer if the device's memory is too small "
                         "(default: %(default)s)")
@@ -67,6 +67,7 @@ def draw_pairs(args):
     seeds = parse_seeds(args.seeds) if args.seeds else list(range(args.count))
     generator = DefectGen.load(args.run, pick_device(args.device))
     if args.compile:
+        check_compiler()
         generator.large.compile()
         generator.small.compile()
     size = tuple(args.size or generator.size)

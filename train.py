@@ -14,7 +14,6 @@ import csv
 import math
 import os
 import shlex
-import shutil
 import sys
 import time
 from contextlib import nullcontext, redirect_stdout
@@ -28,7 +27,7 @@ import torch.utils.checkpoint
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from datasets import (MEMORY_LIMIT, add_data_flags, augment, data_options, describe, has_bf16, open_dataset, overlay, pick_device,
+from datasets import (MEMORY_LIMIT, add_data_flags, augment, check_compiler, data_options, describe, has_bf16, open_dataset, overlay, pick_device,
                       read_names, run_main, sheet, world, write_image, write_json)
 from defect_gen import STAGES, SWITCH_T, checkpoints, decode, encode, load_stage, save_stage
 from diffusion import q_sample, rng, sample, schedule, timesteps, to_x_start, training_loss
@@ -208,8 +207,8 @@ def probe_batch(net, image_losses, channels, size, device):
 def prepare(args):
     """Open the data and settle the configuration; what can be wrong with flags and data is found out before the first step."""
     device = pick_device(args.device)
-    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
-        raise ValueError("--compile needs a C++ compiler, but neither g++, clang++ nor cl is installed; install one or leave --compile out")
+    if args.compile:
+        check_compiler()
     dataset = open_dataset(args.data, tuple(args.size), args.split, **data_options(args))
     print(describe(dataset))
     defects = dataset.defective()
