@@ -19,7 +19,7 @@ import torchvision
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from datasets import data_options, open_dataset, pick_device, print_table, run_main, write_json
+from datasets import data_options, open_dataset, pick_device, print_table, read_json, run_main, write_json
 from defect_gen import STAGES, DefectGen, checkpoints
 from diffusion import schedule, training_loss
 from metrics import sliced_wasserstein
@@ -48,7 +48,8 @@ def wait(device):
 
 def machine(device):
     """What the numbers were measured on."""
-    return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads), torch {torch.__version__}, torchvision {torchvision.__version__}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{device} ({name}), torch {torch.__version__}, torchvision {torchvision.__version__}"
 
 
 # --- the generator's networks, as released and as here ---
@@ -97,10 +98,12 @@ def training_step(net, x_start, ours, bf16):
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, **(dict(fused=True) if ours else dict(foreach=False)))
 
     def step():
-        t, noise = torch.randint(1000, (len(x_start),)).to(device), torch.randn_like(x_start)
+        t, noise = torch.randint(1000, (len(x_start),)).to(device), torch.randn(x_start.shape).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss = training_loss(net, x_start, t, noise, alphas_cumprod).mean()
         loss.backward()
+        if ours:
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=ours)
         with torch.no_grad():
@@ -160,7 +163,11 @@ def training_speed(args, device):
                     wait(device)
 
                 calls["train", way], calls["denoise", way] = training_step(net, x, net is ours, bf16), denoise
-            times = in_turn(calls, 1 if args.quick else 3)
+            try:
+                times = in_turn(calls, 1 if args.quick else 3)
+            except torch.OutOfMemoryError:
+                rows.append([f"{name}, {network['channels']} channels", "", f"{size}x{size}, {batch}", "does not fit", "", "", "", "", ""])
+                continue
             for what in ("train", "denoise"):
                 row = {way: times[what, way] for way in ("released", "fp32", "bf16")}
                 best = min("fp32", "bf16", key=row.get)
@@ -173,10 +180,10 @@ def training_speed(args, device):
             numbers["rows"][-2]["bytes_kept"] = kept
             rows[-2] += [f"{kept[0] / 2**20:.0f}", f"{kept[1] / 2**20:.0f}"]
             rows[-1] += ["", ""]
-    caption = (f"Both networks: milliseconds (speed-up over the released code). A product of matrices reaches {rates[False] / 1e9:.0f} GFLOP/s in fp32 "
+    caption = (f"Both networks, medians of calls in turn: milliseconds (speed-up over the released code). A product of matrices reaches {rates[False] / 1e9:.0f} GFLOP/s in fp32 "
                f"and {rates[True] / 1e9:.0f} in bf16 here")
     return {"caption": caption, "rows": rows, "head": ["network", "call", "size, batch", "released", "fp32", "bf16", "share of that rate",
-                                                       "MiB kept for backward, released", "ours"]}, numbers
+                                                       "fp32 MiB kept for backward, released", "ours"]}, numbers
 
 
 def size_speed(args, device):
@@ -198,7 +205,7 @@ def size_speed(args, device):
             seconds = [times[size, batch] / batch for size in sizes]
             rows.append([f"{name}, 32 channels", batch] + [f"{1000 * s:.1f} ({1e9 * s / size**2:.0f})" for s, size in zip(seconds, sizes)])
             numbers.append(dict(network=name, batch=batch, sizes=sizes, seconds_per_image=seconds))
-    return {"caption": "One denoising call: milliseconds per image (nanoseconds per pixel)", "head": ["network", "batch", *(f"{s}x{s}" for s in sizes)], "rows": rows}, numbers
+    return {"caption": "One denoising call, medians of calls in turn: milliseconds per image (nanoseconds per pixel)", "head": ["network", "batch", *(f"{s}x{s}" for s in sizes)], "rows": rows}, numbers
 
 
 def sampling_speed(args, device):
@@ -206,7 +213,7 @@ def sampling_speed(args, device):
     run = Path(args.run)
     if not all(checkpoints(run / stage) for stage in STAGES):
         return {"caption": f"Sampling: not measured, there is no trained run in {run}; train one, or name it by --run", "head": [], "rows": []}, None
-    generator, groups, per_group = DefectGen.load(run, device), 1 if args.quick else 3, 2 if args.quick else 16
+    generator, groups, per_group = DefectGen.load(run, device), 1 if args.quick else 3, 2 if args.quick else 8
     config = generator.config
     real = [open_dataset(config["data"], generator.size, split, **data_options(config)) for split in (config["split"], "test")]
     real = [torch.cat(parts) for parts in zip(*(part.subset(part.defective()).tensors() for part in real))]
@@ -243,7 +250,7 @@ def published_segmenters(num_classes):
 
     Returns: {name of ours: [(name, net, scores of (net, x), loss of (net, x, target))]}
     """
-    cross_entropy = lambda scores: lambda net, x, target: F.cross_entropy(F.interpolate(scores(net, x).float(), size=x.shape[-2:], mode="bilinear"), target)
+    cross_entropy = lambda scores: lambda net, x, target: F.cross_entropy(scores(net, x).float(), target)
     found = {}
     try:
         import segmentation_models_pytorch as smp
@@ -257,12 +264,13 @@ def published_segmenters(num_classes):
                                   SegformerForSemanticSegmentation, SwinConfig)
     except ImportError:
         return found
-    scores = lambda net, x: net(pixel_values=x).logits
+    scores = lambda net, x: F.interpolate(net(pixel_values=x).logits, size=x.shape[-2:], mode="bilinear")
     found["segformer"] = [("transformers", SegformerForSemanticSegmentation(SegformerConfig(num_labels=num_classes)), scores, cross_entropy(scores))]
 
     def query_scores(net, x):
         out = net(pixel_values=x)
-        return torch.einsum("bqk,bqhw->bkhw", out.class_queries_logits.softmax(-1)[..., :-1], out.masks_queries_logits.sigmoid())
+        masks = F.interpolate(out.masks_queries_logits, size=x.shape[-2:], mode="bilinear").sigmoid()
+        return torch.einsum("bqk,bqhw->bkhw", out.class_queries_logits.softmax(-1)[..., :-1], masks)
 
     def query_loss(net, x, target):
         labels = [t.unique() for t in target]
@@ -316,7 +324,7 @@ def segmenter_speed(args, device):
             ratio = [times[name, *key] / times["", *key] for key in (("train", False), ("train", True), ("predict", False), ("predict", True))]
             numbers[f"{arch} {name}".strip()] = dict(parameters=parameters, flops_per_image=flops, ms=took, over_ours=ratio)
             rows.append([title, f"{parameters / 1e6:.1f} M", f"{flops / 1e9:.1f}"] + [f"{ms:.0f} ({r:.2f}x)" if name else f"{ms:.0f}" for ms, r in zip(took, ratio)])
-    return ({"caption": f"Segmenters at {size}x{size}: milliseconds, and (a published implementation over ours in the same run)", "rows": rows,
+    return ({"caption": f"Segmenters at {size}x{size}, medians of calls in turn: milliseconds, and (a published implementation over ours in the same run)", "rows": rows,
              "head": ["network", "parameters", "GFLOP per image", "step of 4, fp32", "bf16", "image predicted, fp32", "bf16"]}, numbers)
 
 
@@ -341,14 +349,16 @@ def parse_args(argv=None):
 
 def speed(args):
     """Print the tables of args.part, or of all, and write them to OUT/speed.json."""
-    device, numbers = pick_device(args.device), {}
-    for part in args.part or PARTS:
-        table, numbers[part] = PARTS[part](args, device)
-        print_table(table)
-    print(f"medians; the calls of a table are made in turn. {machine(device)}")
+    device = pick_device(args.device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32     # or the matrix rate would be of other arithmetic than the convolutions'
     path = Path(args.out) / ("quick/speed.json" if args.quick else "speed.json")
-    write_json(path, {"machine": machine(device), **numbers})
-    print(f"numbers: {path}")
+    numbers = read_json(path) if path.exists() else {}
+    for part in args.part or PARTS:
+        table, measured = PARTS[part](args, device)
+        print_table(table)
+        numbers[part] = {"machine": machine(device), "measured": measured}
+        write_json(path, numbers)                                               # at once: a part that fails costs no other
+    print(f"{machine(device)}\nnumbers: {path}")
 
 
 if __name__ == "__main__":

@@ -13,14 +13,14 @@ drawn:wood need no files.
     python datasets.py --data Defect_Spectrum --object pill --bench
 """
 import argparse
-import functools
 import json
 import math
 import os
 import re
+import shlex
+import shutil
 import sys
 import time
-import timeit
 import xml.etree.ElementTree as ET
 import zipfile
 from collections import Counter, namedtuple
@@ -911,19 +911,21 @@ def pick_device(name=None):
     return device
 
 
-@functools.cache
 def has_bf16(device):
-    """Whether bfloat16 pays on this device: CUDA from compute capability 8; a CPU is timed, 30 ms.
+    """Whether bfloat16 pays on this device: CUDA from compute capability 8, CPUs with AMX.
 
-    Its flags do not tell: where a virtual machine hides AMX, AVX-512's bfloat16 products run at half the rate of fp32 ones.
+    AVX-512's bfloat16 products alone do not settle it: where a virtual machine hides AMX they run at half the rate of fp32 ones.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu" or not torch.cpu._is_avx512_bf16_supported():
-        return False
-    a = torch.ones(512, 512)
-    seconds = {dtype: min(timeit.repeat(lambda b=a.to(dtype): b @ b, number=1, repeat=6)) for dtype in (torch.float32, torch.bfloat16)}
-    return seconds[torch.bfloat16] < seconds[torch.float32]
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+
+
+def check_compiler():
+    """Raise ValueError if torch.compile would find no C++ compiler."""
+    wanted = shlex.split(os.environ.get("CXX", "g++"))[0]
+    if not any(map(shutil.which, (wanted, "g++", "clang++", "cl"))):
+        raise ValueError(f"--compile needs a C++ compiler, but neither {wanted}, clang++ nor cl is installed; install one or leave --compile out")
 
 
 DATA_OPTIONS = ("object", "layout", "fit", "skip_bad")      # flags of add_data_flags that open_dataset takes under the same name

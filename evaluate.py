@@ -217,7 +217,7 @@ def train_and_predict(setting, arch, pairs, num_classes, seed):
     """
     args, (scored, _) = setting.args, setting.scored
     made_by = dict(arch=arch, num_classes=num_classes, seed=seed, steps=args.steps, weights=args.backbone_weights, bf16=setting.bf16)
-    path = setting.run / "cells" / f"{arch}_{digest(made_by, *pairs, scored)}.pt"
+    path = setting.run / "cells" / f"{arch.replace(':', '_')}_{digest(made_by, *pairs, scored)}.pt"
     if path.exists():
         try:
             return torch.load(path, weights_only=True)["masks"]

@@ -294,7 +294,7 @@ def main():
         numbers += [new.median(), copy_share(new), nearest_ratio(images, training).median(), shape_distance(images, held_out).mean()]
         rows.append([name] + [f"{number:.2f}" for number in numbers])
     print_table({"caption": f"{len(held_out)} pictures of {size} px beside as many drawn pills; features: {features.name}", "rows": rows,
-                 "head": ["", *"fine middle coarse 1000*KID 1000*FID coverage density diversity novelty copies ratio shape".split()]})
+                 "head": ["", *"fine middle coarse".split()[:len(sliced_wasserstein(training[:1], training[:1], projections=1))], *"1000*KID 1000*FID coverage density diversity novelty copies ratio shape".split()]})
 
 
 if __name__ == "__main__":

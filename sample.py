@@ -3,7 +3,7 @@
     python sample.py                                    64 pairs from runs/demo into runs/demo/samples
     python sample.py --run runs/mine --seeds 100-199 --num-steps 50
     python sample.py --run runs/mine --count 1000
-    torchrun --nproc_per_node=4 -- sample.py --run runs/mine --count 1000       each process draws every fourth seed; the same files
+    torchrun --nproc_per_node=4 -- sample.py --run runs/mine --count 1000       each process draws every fourth of what is missing
 
 A picture is a function of its seed: 000017.png is the same alone or in a batch. Pairs that are already there are skipped, so an
 interrupted command is simply run again.
@@ -11,13 +11,14 @@ interrupted command is simply run again.
 import argparse
 import re
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from datasets import (overlay, pair_paths, pick_device, read_image, read_json, read_mask, run_main, sheet, world,
+from datasets import (check_compiler, overlay, pair_paths, pick_device, read_image, read_json, read_mask, run_main, sheet, world,
                       write_classes, write_image, write_json, write_pair)
 from defect_gen import SWITCH_T, DefectGen
 from unet import check_size
@@ -47,7 +48,7 @@ def parse_args(argv=None):
     parser.add_argument("--spacing", default="logsnr", choices=["logsnr", "quadratic", "even"],
                         help="of the timesteps (default: %(default)s)")
     parser.add_argument("--switch-t", type=int, default=SWITCH_T,
-                        help="the large network owns t >= SWITCH_T; 0: large alone, 1000: small alone (default: %(default)s)")
+                        help="the large network owns t >= SWITCH_T; with a run of --t-range full 0 is large alone, 1000 small alone (default: %(default)s)")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="default: the size trained at")
     parser.add_argument("--batch-size", type=int, default=16, help="pairs drawn at a time, fewer if the device's memory is too small "
                         "(default: %(default)s)")
@@ -66,6 +67,7 @@ def draw_pairs(args):
     seeds = parse_seeds(args.seeds) if args.seeds else list(range(args.count))
     generator = DefectGen.load(args.run, pick_device(args.device))
     if args.compile:
+        check_compiler()
         generator.large.compile()
         generator.small.compile()
     size = tuple(args.size or generator.size)
@@ -76,18 +78,17 @@ def draw_pairs(args):
                     weights=generator.fingerprint)
     if (out / "config.json").exists() and read_json(out / "config.json") != settings:
         raise ValueError(f"{out} holds pairs drawn with other settings or weights (see its config.json); choose another --out or remove that folder")
-    if processes > 1:
-        dist.init_process_group("gloo")                                         # only to wait for each other at the end
+    missing = [s for s in seeds if not all(p.exists() for p in pair_paths(out, f"{s:06d}", KIND))]
+    if processes > 1:                                                           # from here all know what is missing, and none has begun
+        dist.init_process_group("gloo", timeout=timedelta(days=30))             # only to wait for each other at the end, however long
     if rank == 0:
         write_classes(out, generator.classes)
         write_json(out / "config.json", settings)
         print(f"settings: {settings}")
+        if len(missing) < len(seeds):
+            print(f"{len(seeds) - len(missing)} of {len(seeds)} pairs are there already")
 
-    mine = seeds[rank::processes]
-    missing = [s for s in mine if not all(p.exists() for p in pair_paths(out, f"{s:06d}", KIND))]
-    if len(missing) < len(mine):
-        print(f"{len(mine) - len(missing)} of {len(mine)} pairs are there already")
-    draw_missing(generator, missing, out, size, args, quiet=rank > 0)
+    draw_missing(generator, missing[rank::processes], out, size, args, quiet=rank > 0)
     if processes > 1:
         dist.barrier()
         dist.destroy_process_group()

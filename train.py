@@ -14,7 +14,6 @@ import csv
 import math
 import os
 import shlex
-import shutil
 import sys
 import time
 from contextlib import nullcontext, redirect_stdout
@@ -28,7 +27,7 @@ import torch.utils.checkpoint
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from datasets import (MEMORY_LIMIT, add_data_flags, augment, data_options, describe, has_bf16, open_dataset, overlay, pick_device,
+from datasets import (MEMORY_LIMIT, add_data_flags, augment, check_compiler, data_options, describe, has_bf16, open_dataset, overlay, pick_device,
                       read_names, run_main, sheet, world, write_image, write_json)
 from defect_gen import STAGES, SWITCH_T, checkpoints, decode, encode, load_stage, save_stage
 from diffusion import q_sample, rng, sample, schedule, timesteps, to_x_start, training_loss
@@ -51,6 +50,8 @@ QUARTERS = ["loss_q1", "loss_q2", "loss_q3", "loss_q4"]         # loss by quarte
 
 def number_or_auto(text):
     """The value of --batch-size."""
+    if text != "auto" and not text.lstrip("-").isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto")
     return text if text == "auto" else int(text)
 
 
@@ -206,8 +207,8 @@ def probe_batch(net, image_losses, channels, size, device):
 def prepare(args):
     """Open the data and settle the configuration; what can be wrong with flags and data is found out before the first step."""
     device = pick_device(args.device)
-    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
-        raise ValueError("--compile needs a C++ compiler, but neither g++, clang++ nor cl is installed; install one or leave --compile out")
+    if args.compile:
+        check_compiler()
     dataset = open_dataset(args.data, tuple(args.size), args.split, **data_options(args))
     print(describe(dataset))
     defects = dataset.defective()
@@ -265,7 +266,7 @@ def open_log(path, first_step):
 def other_stage(args, stage):
     """The flags that train the other stage on the same images."""
     flags = {"stage": stage, "data": args.data, "object": args.object, "layout": args.layout, "split": args.split, "fit": args.fit,
-             "out": args.out, "preset": args.preset, "t-range": args.t_range}
+             "out": args.out, "preset": args.preset, "target": args.target, "t-range": args.t_range}
     return [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))] + [
         "--size", *map(str, args.size)] + ["--skip-bad"] * args.skip_bad
 
@@ -301,8 +302,10 @@ def train(args):
         print(f"--batch-size auto: {config['batch_size']}")
     batch_size, parts = config["batch_size"], processes * args.accumulate
     if batch_size % parts:
+        advice = ("a resumed run keeps its batch size, so change one of these" if first_step else
+                  f"use a multiple of {parts}, like {math.ceil(batch_size / parts) * parts}")
         raise ValueError(f"--batch-size {batch_size} does not divide into {parts} equal parts (processes: {processes}, micro-batches of "
-                         f"each: {args.accumulate}); use a multiple of {parts}, like {math.ceil(batch_size / parts) * parts}")
+                         f"each: {args.accumulate}); {advice}")
     share = slice(rank * batch_size // processes, (rank + 1) * batch_size // processes)         # this process's part of each batch
     if args.compile:
         net.compile()                                               # in place: the names of the weights stay

@@ -50,14 +50,16 @@ def test_the_tables_of_the_generator_are_written_and_sampling_needs_a_run(traine
     flags = ("--quick", "--out", str(tmp_path), "--part", "training", "--part", "size", "--part", "sampling", "--run")
     benchmark.speed(benchmark.parse_args([*flags, str(trained)]))
     numbers = json.loads((tmp_path / "quick/speed.json").read_text())
-    assert list(numbers) == ["machine", "training", "size", "sampling"]
+    assert list(numbers) == ["training", "size", "sampling"]
+    numbers = {part: found["measured"] for part, found in numbers.items()}
     assert [(row["network"], row["what"]) for row in numbers["training"]["rows"]] == [
         (name, what) for name in ("large", "small") for what in ("train", "denoise")]
     assert numbers["size"][0]["seconds_per_image"] == [0.5, 0.5]
     by_sampler = {(row["sampler"], row["steps"], row["spacing"]): row for row in numbers["sampling"]}
     assert by_sampler["ddim", 20, "even"]["rms_to_long"] == 0 < by_sampler["dpm++", 10, "logsnr"]["rms_to_long"]
-    benchmark.speed(benchmark.parse_args([*flags[:3], "--part", "sampling", "--run", str(tmp_path)]))
+    benchmark.speed(benchmark.parse_args([*flags[:3], "--part", "sampling", "--run", str(tmp_path / "none")]))
     assert "not measured, there is no trained run" in capsys.readouterr().out
+    assert list(json.loads((tmp_path / "quick/speed.json").read_text())) == ["training", "size", "sampling"]        # the others are kept
 
 
 def test_speed_prints_every_network_beside_what_is_installed_and_needs_no_run(tmp_path, monkeypatch, capsys):
@@ -67,9 +69,9 @@ def test_speed_prints_every_network_beside_what_is_installed_and_needs_no_run(tm
     monkeypatch.setattr(benchmark, "in_turn", lambda calls, rounds: {name: call() or (1.0 if name[0] else 2.0) for name, call in calls.items()})
     before = peer.weight.clone()
     benchmark.speed(benchmark.parse_args(["--part", "segmentation", "--quick", "--arch", "segformer,deeplabv3+:resnet50", "--out", str(tmp_path)]))
-    said, numbers = capsys.readouterr().out, json.loads((tmp_path / "quick" / "speed.json").read_text())
-    assert list(numbers["segmentation"]) == ["segformer", "segformer a peer", "deeplabv3+:resnet50"]
-    assert numbers["segmentation"]["segformer a peer"] == dict(parameters=8, flops_per_image=2 * 6 * 64 * 64, ms=[1000, 1000, 250, 250], over_ours=[0.5] * 4)
+    said, numbers = capsys.readouterr().out, json.loads((tmp_path / "quick" / "speed.json").read_text())["segmentation"]["measured"]
+    assert list(numbers) == ["segformer", "segformer a peer", "deeplabv3+:resnet50"]
+    assert numbers["segformer a peer"] == dict(parameters=8, flops_per_image=2 * 6 * 64 * 64, ms=[1000, 1000, 250, 250], over_ours=[0.5] * 4)
     assert "  a peer" in said and "1000 (0.50x)" in said and not torch.equal(before, peer.weight)
 
 

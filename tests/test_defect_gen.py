@@ -143,7 +143,7 @@ def test_a_checkpoint_from_before_t_range_is_asked_anywhere(copy):
     checkpoint = torch.load(path, weights_only=True)
     del checkpoint["config"]["t_range"]
     torch.save(checkpoint, path)
-    assert DefectGen.load(copy).t_ranges == {"large": [0, 1000], "small": [0, 1000]}
+    assert DefectGen.load(copy).t_ranges == {"large": [350, 1000], "small": [0, 1000]}
 
 
 def test_stages_that_do_not_fit_together_are_refused(copy):

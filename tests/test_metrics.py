@@ -7,6 +7,7 @@ import torch
 from torchvision.models import inception_v3
 
 from datasets import augment
+from conftest import run
 from metrics import (Features, components, copy_share, coverage_density, defect_crops, fid, intra_cluster_diversity, kid, laplacian_pyramid,
                      main, mask_statistics, nearest_ratio, novelty, shape_distance, sliced_wasserstein, variants, wasserstein)
 
@@ -285,3 +286,8 @@ def test_the_demonstration_prints_every_number(capsys, monkeypatch):
     assert len(lines) == 9 and "random ResNet-18" in lines[0]
     assert lines[1].split() == "fine middle coarse 1000*KID 1000*FID coverage density diversity novelty copies ratio shape".split()
     assert [line.split()[-2:] for line in lines if line.strip().startswith("copies of")][0][0] == "0.00"
+
+
+def test_small_pictures_have_fewer_scales_and_a_table():
+    result = run("metrics.py", "--size", 24)
+    assert result.returncode == 0 and "middle" in result.stdout and "coarse" not in result.stdout, result.stderr

@@ -91,7 +91,23 @@ def test_processes_share_the_seeds_and_write_the_files_of_one(trained, tmp_path)
     assert result.returncode == 0, result.stderr
     files = {p.relative_to(alone): p.read_bytes() for p in alone.rglob("*") if p.is_file()}
     assert files == {p.relative_to(shared): p.read_bytes() for p in shared.rglob("*") if p.is_file()} and len(files) == 5 * 3 + 3
+    assert len({data for path, data in files.items() if path.parts[0] == "image"}) == 5        # or any seed would do
     assert result.stdout.count("5 pairs in") == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_is_missing_is_shared_evenly_wherever_the_gaps_are(trained, tmp_path, monkeypatch, rank):
+    go("--run", trained, "--seeds", "0,2,4,6", "--num-steps", 2, "--out", tmp_path)      # all that the first of two processes would draw
+    asked, waits = [], []
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sample.dist, "init_process_group", lambda backend, timeout: waits.append(timeout.days))
+    monkeypatch.setattr(sample.dist, "barrier", lambda: None)
+    monkeypatch.setattr(sample.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(sample, "draw_missing", lambda generator, seeds, *rest, **options: asked.extend(seeds))
+    monkeypatch.setattr(sample, "finish", lambda *arguments: None)
+    go("--run", trained, "--count", 8, "--num-steps", 2, "--out", tmp_path)
+    assert asked == [[1, 5], [3, 7]][rank] and waits == [30]
 
 
 def test_a_full_memory_halves_the_batch_and_loses_nothing(trained, tmp_path, monkeypatch, capsys):

@@ -186,7 +186,7 @@ def test_a_checkpoint_from_before_t_range_resumes(trained, data, tmp_path):
 
 # --- memory: the same steps in another way ---
 
-def test_micro_batches_are_the_same_step(data, tmp_path, monkeypatch, unclipped):
+def test_micro_batches_are_the_same_step(data, tmp_path, monkeypatch, unclipped, capsys):
     sizes, loss = [], train.training_loss
     monkeypatch.setattr(train, "training_loss", lambda net, x_start, *rest: sizes.append(len(x_start)) or loss(net, x_start, *rest))
     flags = ["--stage", "small", "--data", data, *TINY, "--batch-size", 4]
@@ -197,6 +197,11 @@ def test_micro_batches_are_the_same_step(data, tmp_path, monkeypatch, unclipped)
     assert_same(tmp_path / "parts", tmp_path / "whole")
     with pytest.raises(ValueError, match="--batch-size 4 does not divide into 3 equal parts .* use a multiple of 3, like 6"):
         go(*flags, "--out", tmp_path / "thirds", "--accumulate", 3)
+    with pytest.raises(ValueError, match="does not divide into 3 .* a resumed run keeps its batch size"):
+        go(*flags, "--out", tmp_path / "whole", "--accumulate", 3, "--resume", "--steps", 6)
+    with pytest.raises(SystemExit):
+        train.parse_args(["--stage", "small", "--batch-size", "many"])
+    assert "'many' is neither a number nor auto" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", ["large", "small"])
@@ -343,10 +348,10 @@ def test_an_image_is_augmented_alike_in_any_share(data):
 
 
 def test_the_next_command_keeps_the_flags(data, tmp_path, capsys):
-    go("--stage", "small", "--data", data, "--out", tmp_path / "run", *TINY)
+    go("--stage", "small", "--data", data, "--out", tmp_path / "run", *TINY, "--target", "v")
     following = capsys.readouterr().out.split("next: python train.py ")[1].split()
     args = train.parse_args(following)
-    assert (args.stage, args.size, args.data, args.out) == ("large", [16, 16], str(data), str(tmp_path / "run"))
+    assert (args.stage, args.size, args.data, args.out, args.target) == ("large", [16, 16], str(data), str(tmp_path / "run"), "v")
 
 
 def test_only_good_products_cannot_be_trained_on(tmp_path):
