@@ -289,12 +289,12 @@ def main():
     rows, real, seen = [], features(held_out), features(training)
     for name, images in spoilt.items():
         fake, new = features(images), novelty(images, training, held_out)
-        numbers = sliced_wasserstein(images, held_out, projections=16)
-        numbers += [1000 * kid(fake, real), 1000 * fid(fake, real), *coverage_density(real, fake), intra_cluster_diversity(fake, seen)]
+        scales = sliced_wasserstein(images, held_out, projections=16)
+        numbers = scales + [1000 * kid(fake, real), 1000 * fid(fake, real), *coverage_density(real, fake), intra_cluster_diversity(fake, seen)]
         numbers += [new.median(), copy_share(new), nearest_ratio(images, training).median(), shape_distance(images, held_out).mean()]
         rows.append([name] + [f"{number:.2f}" for number in numbers])
     print_table({"caption": f"{len(held_out)} pictures of {size} px beside as many drawn pills; features: {features.name}", "rows": rows,
-                 "head": ["", *"fine middle coarse".split()[:len(sliced_wasserstein(training[:1], training[:1], projections=1))], *"1000*KID 1000*FID coverage density diversity novelty copies ratio shape".split()]})
+                 "head": ["", *["fine", "middle", "coarse"][:len(scales)], *"1000*KID 1000*FID coverage density diversity novelty copies ratio shape".split()]})
 
 
 if __name__ == "__main__":
