@@ -169,7 +169,8 @@ def test_class_table_counts_pixels_and_images():
     masks = torch.zeros(4, 2, 5, dtype=torch.uint8)
     masks[0, 0, :3] = 1
     table, numbers = evaluate.class_table(("background", "crack"), {"real": masks})
-    assert numbers["crack"]["real"] == {"pixels_percent": pytest.approx(7.5), "images_percent": 25.0} and table["rows"][1] == ["crack", "7.50", "25.00"]
+    assert numbers["real"]["classes"][1]["pixels"] == pytest.approx(0.075) and numbers["real"]["empty"] == 0.75
+    assert table["rows"] == [["real", "crack", "7.50", "25", "1.0", "3", "0.25, 0.30"]]
 
 
 def test_spread_is_the_sample_standard_deviation():
