@@ -125,9 +125,8 @@ def class_table(classes, named_masks):
     return {"head": ["set", "class", "% of pixels", "% of images", "parts per image", "median part, px", "mean centre y, x"], "rows": rows}, numbers
 
 
-def drawn_at(setting, switch_t, seeds):
+def drawn_at(generator, switch_t, seeds):
     """Pairs of a run drawn with another switch, from the same noise as its own; None where a stage was never trained for it."""
-    generator = DefectGen.load(setting.run, setting.device)
     try:
         return generator.sample(seeds, switch_t=switch_t)
     except ValueError:
@@ -156,8 +155,9 @@ def generation(settings, progress):
     config = read_json(setting.run / "samples" / "config.json")
     count = min(len(setting.drawn[0]), 8 if args.quick else 64)
     sets = {f"switch_t {config['switch_t']}": [part[:count] for part in setting.drawn]}
+    generator = DefectGen.load(setting.run, setting.device)
     for switch_t in SWITCHES:
-        pairs = None if switch_t == config["switch_t"] else drawn_at(setting, switch_t, list(range(count)))
+        pairs = None if switch_t == config["switch_t"] else drawn_at(generator, switch_t, list(range(count)))
         if pairs:
             sets[{0: "large only", 1000: "small only"}.get(switch_t, f"switch_t {switch_t}")] = pairs
             progress(f"{count} pairs drawn with switch_t {switch_t}")
