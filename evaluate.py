@@ -223,7 +223,8 @@ def generation(settings, progress):
                  *dropped(setting.run / "samples")],
         "tables": tables,
         "figures": generation_figures(setting, final, used, train, test, training) + [setting.figure(*parts) for parts in curves(numbers, newest)],
-        "numbers": {"measures": {f"step {step}, {name_of(s)}": values for (step, s), values in numbers.items()}, "masks": shares, "generated": count,
+        "numbers": {"measures": {step: {name_of(s): values for (at, s), values in numbers.items() if at == step} for step, _ in sorted(drawn)},
+                    "masks": shares, "generated": count,
                     "training": len(train[0]), "held_out": len(test[0])}}
 
 
