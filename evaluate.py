@@ -131,11 +131,12 @@ def name_of(switch_t):
     return {None: "other real images", 0: "large only", 1000: "small only"}.get(switch_t, f"switch_t {switch_t}")
 
 
-def draw_sets(setting, used, count, progress):
-    """{(step, switch_t): pairs}: those of RUN/samples, drawn with the switch `used`; the same seeds with every other switch; and the extremes
-    and `used` from each older checkpoint. Only switches that both stages were trained for, which is all with --t-range full, and
-    checkpoints that both stages have.
+def draw_sets(setting, how, count, progress):
+    """{(step, switch_t): pairs}: those of RUN/samples; the same seeds with every other switch; and from each older checkpoint with the
+    extremes and the switch of RUN/samples. Only switches that both stages were trained for, which is all with --t-range full, and
+    checkpoints that both stages have. how: the config.json of RUN/samples.
     """
+    used, seeds = how["switch_t"], [int(Path(sample.name).name) for sample in setting.generated.samples[:count]]
     steps, sets = sorted(set.intersection(*(set(steps_of(setting.run / stage)) for stage in STAGES))), {}
     newest = steps_of(setting.run / "large")[-1]
     for step in [*(s for s in steps if s != newest), newest]:
@@ -145,7 +146,7 @@ def draw_sets(setting, used, count, progress):
                 sets[step, switch_t] = [part[:count] for part in setting.drawn]
                 continue
             try:
-                sets[step, switch_t] = generator.sample(list(range(count)), switch_t=switch_t)
+                sets[step, switch_t] = generator.sample(seeds, how["num_steps"], how["sampler"], how["spacing"], switch_t)
             except ValueError:                                      # a stage was not trained for this switch
                 continue
         progress(f"drawn from the checkpoint at step {step}: {', '.join(name_of(s) for at, s in sets if at == step)}")
@@ -189,9 +190,9 @@ def generation(settings, progress):
     train, test = (part.subset(part.defective()).tensors() for part in (setting.train, setting.test))
     reference, others = ([part[i::2] for part in test] for i in (0, 1))
     training = variants(*train, setting.config["augment"])
-    used = read_json(setting.run / "samples" / "config.json")["switch_t"]
-    count = min(len(setting.drawn[0]), 8 if args.quick else 64)
-    drawn, newest = draw_sets(setting, used, count, progress)
+    how = read_json(setting.run / "samples" / "config.json")
+    used, count = how["switch_t"], min(len(setting.drawn[0]), 8 if args.quick else 64)
+    drawn, newest = draw_sets(setting, how, count, progress)
     sets = {(newest, None): others, **drawn}
 
     # one segmenter judges the masks of all sets

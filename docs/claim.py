@@ -1,15 +1,14 @@
 """The paper's claim, measured: does the hand-over copy less than the large network alone, and keep the shape better than the small one alone?
 
-    python docs/claim.py                            drawn pills; about three hours on two cores
-    python docs/claim.py --tile magnetic_tile       and 25 photos of magnetic tiles
-    python docs/claim.py --quick                    a run-through in minutes; its numbers mean nothing
+    python docs/claim.py                            drawn pills; about three hours on one core
+    python docs/claim.py --tile magnetic_tile       and 25 photos of magnetic tiles, 40 minutes more
+    python docs/claim.py --quick                    two runs of a few steps; their numbers mean nothing
 
 Trains every run of RUNS that is not finished, draws pairs, runs `evaluate.py generation` on each, and writes the numbers to docs/claim.json
 and plots beside. What is finished is not done again.
 """
 import argparse
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import evaluate                                                                                               # noqa: E402
+import sample                                                                                                 # noqa: E402
+import train                                                                                                  # noqa: E402
 from datasets import print_table, read_json, run_main, write_classes, write_image, write_json, write_pair     # noqa: E402
 from defect_gen import SWITCH_T, steps_of                                                                     # noqa: E402
 from drawn import DRAWN, draw, drawn_kind                                                                     # noqa: E402
@@ -25,10 +27,10 @@ from evaluate import name_of, plot, spread                                      
 PILL = ["--size", "32", "32", "--batch-size", "16"]
 TILE = ["--size", "48", "48", "--batch-size", "8"]
 # name: (split, steps, whose large network is taken instead of one of its own, flags of the small network)
-RUNS = {"pill25": ("train25", 4000, None, []), "pill5": ("train5", 2000, None, []), "pill100": ("train100", 2000, None, []),
-        **{f"pill25-d{depth}": ("train25", 2000, "pill25", ["--depth", str(depth)]) for depth in (0, 2, 3)},
-        "trial-local": ("train25", 2000, "pill25", ["--norm", "local"]), "trial-crop": ("train25", 2000, "pill25", ["--augment", "crop"]),
-        "trial-own": ("train25", 2000, "pill25", ["--t-range", "own"]), "tile": ("few_shot", 4000, None, [])}
+RUNS = {"pill25": ("train25", 4000, None, []), "pill5": ("train5", 1500, None, []), "pill100": ("train100", 1500, None, []),
+        **{f"pill25-d{depth}": ("train25", 1500, "pill25", ["--depth", str(depth)]) for depth in (0, 2, 3)},
+        "trial-local": ("train25", 1500, "pill25", ["--norm", "local"]),
+        "trial-own": ("train25", 1500, "pill25", ["--t-range", "own"]), "tile": ("few_shot", 4000, None, [])}
 
 
 def write_pills(folder, count=300, side=32, drawn=44):
@@ -47,10 +49,6 @@ def write_pills(folder, count=300, side=32, drawn=44):
     write_json(folder / "split.json", {**{f"train{n}": names[:n] for n in (5, 25, 100)}, "test": names[100:]})
 
 
-def python(script, *flags):
-    subprocess.run([sys.executable, ROOT / script, *map(str, flags)], check=True)
-
-
 def train_and_score(name, out, data, quick):
     """Whatever is missing of one run: large, small, pairs and report."""
     split, steps, borrowed, flags = RUNS[name]
@@ -63,12 +61,12 @@ def train_and_score(name, out, data, quick):
                     (run / "large" / file).symlink_to((out / borrowed / "large" / file).resolve())
         elif steps not in steps_of(run / stage):
             resume = ["--resume"] if steps_of(run / stage) else []
-            python("train.py", "--stage", stage, "--data", data, "--split", split, "--out", run, "--t-range", "full", *(TILE if name == "tile" else PILL),
-                   "--steps", steps, "--save-every", 2 if quick else 500, "--keep", 99, *(flags if stage == "small" else []), *resume)
-    python("sample.py", "--run", run, "--count", 8 if quick else 64, "--num-steps", 2 if quick else 20)
+            train.train(train.parse_args(list(map(str, ["--stage", stage, "--data", data, "--split", split, "--out", run, "--t-range", "full", "--keep", 99,
+                        *(TILE if name == "tile" else PILL), "--steps", steps, "--save-every", 2 if quick else 500, *(flags if stage == "small" else []), *resume]))))
+    sample.draw_pairs(sample.parse_args(["--run", str(run), "--count", "8" if quick else "64", "--num-steps", "2" if quick else "20"]))
     report = run / ("quick/metrics.json" if quick else "metrics.json")
     if not (report.exists() and "generation" in read_json(report)):
-        python("evaluate.py", "generation", "--run", run, "--seeds", 3, *(["--quick"] if quick else []))
+        evaluate.evaluate(evaluate.parse_args(["generation", "--run", str(run), "--seeds", "3"] + ["--quick"] * quick))
     return read_json(report)["generation"]["numbers"]["measures"]
 
 
@@ -81,7 +79,7 @@ def show(results):
     def table(caption, rows):
         """rows: (label, run, step, set)"""
         print_table({"caption": caption, "head": ["", *columns], "rows": [[label, *(spread(results[run][step][kind][c], 2) for c in columns)]
-                                                                          for label, run, step, kind in rows if kind in results[run][step]]})
+                                                                          for label, run, step, kind in rows if kind in results.get(run, {}).get(step, {})]})
 
     for run, steps in results.items():
         last = max(steps, key=int)
@@ -91,7 +89,7 @@ def show(results):
     table(f"25 pills: against the depth of the small network, {equal} steps",
           [(f"{depth}, {kind}", run, equal, kind) for depth, run in enumerate(("pill25-d0", "pill25", "pill25-d2", "pill25-d3")) for kind in both])
     table(f"25 pills: ways of training the small network, {equal} steps",
-          [(f"{run}, {kind}", run, equal, kind) for run in ("pill25", "trial-own", "trial-local", "trial-crop") for kind in both])
+          [(f"{run}, {kind}", run, equal, kind) for run in ("pill25", "trial-own", "trial-local") for kind in both])
 
 
 def plots(results):
@@ -109,7 +107,7 @@ def main():
     args = parser.parse_args()
     if not (args.out / "pills" / "split.json").exists():
         write_pills(args.out / "pills")
-    names = [name for name in RUNS if name != "tile" or args.tile]
+    names = ["pill25", "pill25-d0"] if args.quick else [name for name in RUNS if name != "tile" or args.tile]
     results = {name: train_and_score(name, args.out, args.tile if name == "tile" else args.out / "pills", args.quick) for name in names}
     show(results)
     if not args.quick:

@@ -40,7 +40,7 @@ def test_all_three_with_a_standard_of_ones_own(sampled, tmp_path, capsys):
     held_out = metrics["generation"]["numbers"]["masks"]["held out"]
     assert held_out["empty"] == 0 and held_out["classes"][1]["images"] == 0.5       # good products are left out of this table
     sets = {step: list(found) for step, found in metrics["generation"]["numbers"]["measures"].items()}
-    assert sets == {"2": ["switch_t 400"], "4": ["other real images", "switch_t 400"]}                 # trained on its own timesteps
+    assert sets["2"] == ["switch_t 400"] and not {"large only", "small only"} & set(sets["4"])         # trained on its own timesteps
     assert str(sampled / "quick/report.html") in capsys.readouterr().out
 
 
