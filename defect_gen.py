@@ -13,12 +13,13 @@ Image and mask are denoised together, as the channels of one picture:
 import argparse
 import hashlib
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from datasets import has_bf16, open_dataset, overlay, pick_device, run_main, sheet, write_atomically, write_image
+from datasets import data_options, has_bf16, open_dataset, overlay, pick_device, run_main, sheet, write_atomically, write_image
 from diffusion import noise_for, sample, schedule, timesteps, to_x_start
 from unet import UNet
 
@@ -71,11 +72,16 @@ def checkpoints(folder):
     return sorted(Path(folder).glob("step_" + "[0-9]" * 6 + ".pt"), key=lambda p: int(p.stem.split("_")[1]))
 
 
-def load_stage(folder, stage, device="cpu"):
-    """The newest checkpoint of run/<stage> as a dict. Raises FileNotFoundError or ValueError, saying what to do."""
-    found = checkpoints(folder)
+def steps_of(folder):
+    """The steps that a stage's folder has checkpoints of, in order."""
+    return [int(path.stem.split("_")[1]) for path in checkpoints(folder)]
+
+
+def load_stage(folder, stage, device="cpu", step=None):
+    """A checkpoint of run/<stage> as a dict, the newest by default. Raises FileNotFoundError or ValueError, saying what to do."""
+    found = [path for path, at in zip(checkpoints(folder), steps_of(folder)) if step in (None, at)]
     if not found:
-        raise FileNotFoundError(f"{folder}: no checkpoint of the {stage} stage; train it with: "
+        raise FileNotFoundError(f"{folder}: no checkpoint of the {stage} stage{'' if step is None else f' at step {step}'}; train it with: "
                                 f"python train.py --stage {stage} --out {Path(folder).parent}")
     path = found[-1]
     try:
@@ -87,6 +93,21 @@ def load_stage(folder, stage, device="cpu"):
     if kind != f"defect-gen/{stage}":
         raise ValueError(f"{path}: holds the stage {kind}, but defect-gen/{stage} is expected here; are large/ and small/ swapped?")
     return checkpoint
+
+
+def open_training(run, config, size, data=None, **options):
+    """The images that a run was trained on, as a data set read at `size`; config is that of one of its stages.
+
+    Raises ValueError if they are no longer the same images: copies of them would pass for new, or scores be of training images.
+    """
+    data = data or config["data"]
+    dataset = open_dataset(data, size, config["split"], **{**data_options(config), **options})
+    if dataset.classes != tuple(config["classes"]):
+        raise ValueError(f"{data} has the classes {', '.join(dataset.classes)}, but {run} was trained with {', '.join(config['classes'])}")
+    if config["images"] != [dataset.samples[i].name for i in dataset.defective()]:
+        raise ValueError(f"{data}: its split {config['split']} is no longer the {len(config['images'])} images that {run} was trained on; scores "
+                         f"could be of training images. Restore the folder, or train again")
+    return dataset
 
 
 # --- the generator ---
@@ -118,13 +139,16 @@ class DefectGen:
         self.large, self.small = (net.eval().to(dtype, memory_format=torch.channels_last) for net in (large, small))
 
     @classmethod
-    def load(cls, run, device="cpu"):
-        """Read both stages of a run folder, EMA weights. Raises where one is missing or the two do not fit together."""
+    def load(cls, run, device="cpu", step=None):
+        """Read both stages of a run folder, EMA weights, of the newest checkpoints or those at `step`.
+
+        Raises where one is missing or the two do not fit together.
+        """
         if not Path(run).is_dir():
             raise FileNotFoundError(f"--run {run}: no such folder; train first: python train.py --stage large --out {run}")
         nets, configs = [], []
         for stage in STAGES:
-            checkpoint = load_stage(Path(run) / stage, stage, device)
+            checkpoint = load_stage(Path(run) / stage, stage, device, step)
             net = UNet(**checkpoint["network"]).to(device)
             net.load_state_dict(checkpoint["ema"], strict=True)
             nets.append(net)
@@ -175,6 +199,26 @@ class DefectGen:
         return torch.cat([p[0] for p in pairs]), torch.cat([p[1] for p in pairs])
 
 
+# --- one trajectory as a picture ---
+
+def strip(draw, num_classes, switch_t, most=12):
+    """(titles, rows) of a sheet of one trajectory: x_t, and the image and mask predicted from it, at up to `most` of its steps.
+
+    draw(on_step=...) draws one picture, see diffusion.sample. The titles say which network was asked at which t.
+    """
+    columns = []
+
+    def watch(t, x_t, pred_x_start):
+        image, mask = (part[0].cpu() for part in decode(pred_x_start[:1], num_classes))
+        noisy = decode(x_t[:1], num_classes)[0][0].cpu()
+        columns.append((f"{'large' if t >= switch_t else 'small'} t={t}", noisy, image, overlay(image, mask)))
+
+    draw(on_step=watch)
+    shown = [columns[i] for i in torch.linspace(0, len(columns) - 1, min(most, len(columns))).round().int().tolist()]
+    titles, *rows = zip(*shown)
+    return titles, list(zip(("x_t", "image", "mask"), rows))
+
+
 # --- python defect_gen.py ---
 
 def exact_denoiser(x_start, alphas_cumprod):
@@ -200,18 +244,10 @@ def main():
     parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
     args = parser.parse_args()
     device = pick_device(args.device)
-    columns = []
-
-    def watch(t, x_t, pred_x_start):
-        owner = "large" if t >= args.switch_t else "small"
-        image, mask = (part[0].cpu() for part in decode(pred_x_start, len(classes)))
-        noisy = decode(x_t, len(classes))[0][0].cpu()
-        columns.append((f"{owner} t={t}", noisy, image, overlay(image, mask)))
-
     if args.run:
         generator = DefectGen.load(args.run, device)
         classes = generator.classes
-        generator.sample([args.seed], args.num_steps, switch_t=args.switch_t, on_step=watch)
+        draw = partial(generator.sample, [args.seed], args.num_steps, switch_t=args.switch_t)
     else:
         data = open_dataset("drawn:pill", (64, 64), "train")
         classes, alphas_cumprod = data.classes, schedule()
@@ -219,10 +255,10 @@ def main():
         noise = noise_for([args.seed], x_start.shape[1:], device)
         exact = exact_denoiser(x_start, alphas_cumprod)
         steps = timesteps(len(alphas_cumprod), args.num_steps)
-        sample(switched(exact, exact, args.switch_t), noise(), steps, alphas_cumprod, on_step=watch)
-    titles, *rows = zip(*columns)
-    write_image(args.out, sheet(list(zip(("x_t", "image", "mask"), rows)), titles, classes))
-    print(f"{len(titles)} steps, {sum(t.startswith('large') for t in titles)} of them by the large network; picture: {args.out}")
+        draw = partial(sample, switched(exact, exact, args.switch_t), noise(), steps, alphas_cumprod)
+    titles, rows = strip(draw, len(classes), args.switch_t)
+    write_image(args.out, sheet(rows, titles, classes))
+    print(f"{len(titles)} steps shown, {sum(t.startswith('large') for t in titles)} of them by the large network; picture: {args.out}")
 
 
 if __name__ == "__main__":

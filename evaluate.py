@@ -18,7 +18,8 @@ import math
 import statistics
 import sys
 import time
-from functools import cached_property
+from collections import Counter
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -28,10 +29,10 @@ import benchmark
 from benchmark import machine
 from datasets import (PALETTE, data_options, describe, has_bf16, open_dataset, overlay, pick_device, print_table, read_json, run_main, sheet, unfit,
                       write_atomically, write_image, write_json)
-from defect_gen import DefectGen
+from defect_gen import STAGES, DefectGen, open_training, steps_of, strip
 from inspect_rules import STANDARDS, judge, load_standard, recall_fpr, verdict
-from metrics import (COPY_BELOW, Features, copy_share, coverage_density, defect_crops, distances, intra_cluster_diversity, kid, light, mask_statistics,
-                     novelty, shape_distance, sliced_wasserstein, variants)
+from metrics import (COPY_BELOW, Features, copy_share, coverage_density, defect_crops, distances, intra_cluster_diversity, kid, light, mask_fit,
+                     mask_statistics, novelty, shape_distance, sliced_wasserstein, variants)
 from segment import ARCHS, build, check_arch, confusion_matrix, fit, load_backbone, miou, mix, predict
 
 
@@ -47,7 +48,9 @@ class Setting:
         self.device = pick_device(args.device)
         self.bf16 = has_bf16(self.device)
         self.data, self.fit = data or self.config["data"], self.config.get("fit", "squash")
-        self.train, self.test = self.open(self.config["split"]), self.open(args.split)
+        skip = {"skip_bad": True} if args.skip_bad else {}
+        self.train = open_training(run, self.config, self.size, self.data, **skip)
+        self.test = self.open(args.split)
         if not self.test.defective():
             raise ValueError(f"{self.data}: no image with a defect in --split {args.split}; nothing to score on. Keep some of the images out of "
                              f"training with a split.json (README, 'Your own data')")
@@ -56,12 +59,6 @@ class Setting:
         if shared:
             raise ValueError(f"--split {args.split} shares {len(shared)} images with the training split {self.config['split']} "
                              f"({sorted(shared)[0]}, ...); scores on training images prove nothing, choose another split")
-        if self.train.classes != self.classes:
-            raise ValueError(f"{self.data} has the classes {', '.join(self.train.classes)}, but {self.run} was trained with "
-                             f"{', '.join(self.classes)}")
-        if self.config["images"] != [self.train.samples[i].name for i in self.train.defective()]:
-            raise ValueError(f"{self.data}: its split {self.config['split']} is no longer the {len(self.config['images'])} images that {run} was "
-                             f"trained on; scores could be of training images. Restore the folder, or train again")
         self.splits = (f"{self.train.name}: trained on {len(self.train)} images ({self.train.split_rule}), scored on others, "
                        f"{len(self.test)} of {self.test.split_rule}.")
         print(describe(self.train), describe(self.test), sep="\n")
@@ -107,10 +104,15 @@ class Setting:
         return [(self.test.samples[i].kind, [images[i]] + [overlay(images[i], masks[i]) for masks in (target, *predictions)]) for i in indices]
 
 
+def spread(values, digits):
+    """'0.97 ± 0.02': mean and sample standard deviation, the mean alone of a single value."""
+    return " ± ".join(f"{f(values):.{digits}f}" for f in (statistics.mean, statistics.stdev)[:len(values)])
+
+
 # --- generation ---
 
-SWITCHES = 0, 200, 400, 600, 800, 1000      # 0: the large network alone, 1000: the small one alone
-MEASURES = ["patch distance", "1000 KID", "coverage %", "density", "diversity", "novelty", "copies %", "defect novelty", "shape"]
+SWITCHES = 0, 100, 200, 400, 600, 800, 1000     # 0: the large network alone, 1000: the small one alone
+MEASURES = ["patch distance", "1000 KID", "coverage %", "density", "diversity", "novelty", "copies %", "defect novelty", "shape", "mask fit %"]
 
 
 def class_table(classes, named_masks):
@@ -125,16 +127,36 @@ def class_table(classes, named_masks):
     return {"head": ["set", "class", "% of pixels", "% of images", "parts per image", "median part, px", "mean centre y, x"], "rows": rows}, numbers
 
 
-def drawn_at(generator, switch_t, seeds):
-    """Pairs of a run drawn with another switch, from the same noise as its own; None where a stage was never trained for it."""
-    try:
-        return generator.sample(seeds, switch_t=switch_t)
-    except ValueError:
-        return None
+def name_of(switch_t):
+    return {None: "other real images", 0: "large only", 1000: "small only"}.get(switch_t, f"switch_t {switch_t}")
 
 
-def measures(images, masks, training, reference, features):
-    """One number for each of MEASURES: of pictures, beside held-out real ones and the training images with their variants."""
+def draw_sets(setting, used, count, progress):
+    """{(step, switch_t): pairs}: those of RUN/samples, drawn with the switch `used`; the same seeds with every other switch; and the extremes
+    and `used` from each older checkpoint. Only switches that both stages were trained for, which is all with --t-range full, and
+    checkpoints that both stages have.
+    """
+    steps, sets = sorted(set.intersection(*(set(steps_of(setting.run / stage)) for stage in STAGES))), {}
+    newest = steps_of(setting.run / "large")[-1]
+    for step in [*(s for s in steps if s != newest), newest]:
+        generator = DefectGen.load(setting.run, setting.device, None if step == newest else step)
+        for switch_t in sorted({used, *SWITCHES} if step == newest else {0, used, 1000}):
+            if (step, switch_t) == (newest, used):
+                sets[step, switch_t] = [part[:count] for part in setting.drawn]
+                continue
+            try:
+                sets[step, switch_t] = generator.sample(list(range(count)), switch_t=switch_t)
+            except ValueError:                                      # a stage was not trained for this switch
+                continue
+        progress(f"drawn from the checkpoint at step {step}: {', '.join(name_of(s) for at, s in sets if at == step)}")
+    return sets, newest
+
+
+def measures(images, masks, seen_masks, training, reference, features):
+    """One number for each of MEASURES: of pictures, beside held-out real ones and the training images with their variants.
+
+    seen_masks are what a segmenter trained on the real images predicts for the pictures.
+    """
     fake, real, seen = features(images), features(reference[0]), features(training[0])
     side = min(images.shape[2:]) // 4
     crops = [defect_crops(*pairs, side)[0] for pairs in ((images, masks), training, reference)]
@@ -142,64 +164,106 @@ def measures(images, masks, training, reference, features):
     coverage, density = coverage_density(real, fake)
     return [statistics.mean(sliced_wasserstein(images, reference[0])), 1000 * kid(fake, real), 100 * coverage, density,
             intra_cluster_diversity(fake, seen), new.median().item(), 100 * copy_share(new),
-            novelty(*crops).median().item() if len(crops[0]) else math.nan, shape_distance(images, reference[0]).mean().item()]
+            novelty(*crops).median().item() if len(crops[0]) else math.nan, shape_distance(images, reference[0]).mean().item(),
+            100 * mask_fit(seen_masks, masks).nanmean().item()]
+
+
+def curves(numbers, newest):
+    """[(file, picture, caption)]: measures against switch_t, and novelty against training steps, where there are two points or more."""
+    sets = {switch_t: values for (step, switch_t), values in numbers.items() if step == newest and switch_t is not None}
+    scales = {"novelty": 1, "copies %": 100, "shape": 1, "coverage %": 100, "mask fit %": 100}
+    lines = {name.removesuffix(" %"): [statistics.mean(values[name]) / scale for values in sets.values()] for name, scale in scales.items()}
+    plots = [("switch.png", plot(list(sets), lines),
+              "Measures against switch_t: 0 is the large network alone, 1000 the small one; percentages as shares of 1")] if len(sets) > 1 else []
+    steps = sorted({step for step, _ in numbers})
+    always = [s for s in sets if all((step, s) in numbers for step in steps)]
+    lines = {name_of(s): [statistics.mean(numbers[step, s]["novelty"]) for step in steps] for s in always}
+    return plots + ([("training.png", plot(steps, lines), "Median novelty against training steps: 0 is a copy, 1 as new as a real photo")]
+                    if len(steps) > 1 and always else [])
 
 
 def generation(settings, progress):
-    """Generated beside real: how far apart they are, what is copied, what masks hold; for each switch that the run was trained for."""
+    """Generated beside real: how far apart they are, what is copied, what masks hold; for each switch and checkpoint that the run has."""
     setting, = settings
     args, features = setting.args, Features(device=setting.device)
     train, test = (part.subset(part.defective()).tensors() for part in (setting.train, setting.test))
     reference, others = ([part[i::2] for part in test] for i in (0, 1))
     training = variants(*train, setting.config["augment"])
-    config = read_json(setting.run / "samples" / "config.json")
+    used = read_json(setting.run / "samples" / "config.json")["switch_t"]
     count = min(len(setting.drawn[0]), 8 if args.quick else 64)
-    sets = {f"switch_t {config['switch_t']}": [part[:count] for part in setting.drawn]}
-    generator = DefectGen.load(setting.run, setting.device)
-    for switch_t in SWITCHES:
-        pairs = None if switch_t == config["switch_t"] else drawn_at(generator, switch_t, list(range(count)))
-        if pairs:
-            sets[{0: "large only", 1000: "small only"}.get(switch_t, f"switch_t {switch_t}")] = pairs
-            progress(f"{count} pairs drawn with switch_t {switch_t}")
-    groups = max(1, min(args.seeds, count // 8))
-    rows, numbers = [], {}
-    for name, (images, masks) in {"other real images": others, **sets}.items():
-        parts = [measures(images[i::groups], masks[i::groups], training, reference, features) for i in range(groups)]
-        numbers[name] = dict(zip(MEASURES, zip(*parts)))
-        rows.append([name] + [" ± ".join(f"{f(v):.2f}" for f in (statistics.mean, statistics.stdev)[:groups]) for v in zip(*parts)])
-        progress(f"{name}: novelty {rows[-1][1 + MEASURES.index('novelty')]}")
+    drawn, newest = draw_sets(setting, used, count, progress)
+    sets = {(newest, None): others, **drawn}
 
-    table, shares = class_table(setting.classes, {"training": train[1], "held out": test[1], **{name: masks for name, (_, masks) in sets.items()}})
-    show = range(0, count, max(1, count // 8))[:8]
-    same_noise = [row for name, (images, masks) in sets.items()
-                  for row in ((name, [images[i] for i in show]), ("its mask", [overlay(images[i], masks[i]) for i in show]))]
-    images, masks = next(iter(sets.values()))
-    nearest = [distances(images[i:i + 1], training[0], light).argmin().item() for i in show]
-    copies = same_noise[:2] + [("nearest training", [training[0][i] for i in nearest]), ("its mask", [overlay(training[0][i], training[1][i]) for i in nearest])]
-    real = [(name, [overlay(images[i], masks[i]) for i in range(0, len(images), max(1, len(images) // 8))][:8])
-            for name, (images, masks) in (("training", train), ("held out", test))]
-    figures = [("nearest.png", copies, "Generated pairs, and the training image nearest to each"), ("real.png", real, "Real images with their masks")]
-    if len(sets) > 1:
-        figures.insert(1, ("switches.png", same_noise, "The same noise, handed over at another timestep"))
-    empty = {name: found["empty"] for name, found in shares.items()}
+    # one segmenter judges the masks of all sets
+    predicted = train_and_predict(setting, "deeplabv3+", setting.real, len(setting.classes), 0, 3 * args.steps,
+                                  torch.cat([images for images, _ in sets.values()])).split([len(masks) for _, masks in sets.values()])
+    progress(f"masks judged by DeepLabV3+, {3 * args.steps} steps on the training images")
+    groups, numbers, cells = max(1, min(args.seeds, count // 8)), {}, {}
+    for (key, (images, masks)), seen_masks in zip(sets.items(), predicted):
+        parts = [measures(images[i::groups], masks[i::groups], seen_masks[i::groups], training, reference, features) for i in range(groups)]
+        numbers[key] = dict(zip(MEASURES, zip(*parts)))
+        cells[key] = ["–" if any(map(math.isnan, v)) else spread(v, 2) for v in zip(*parts)]
+        progress(f"step {key[0]}, {name_of(key[1])}: novelty {cells[key][MEASURES.index('novelty')]}")
+
+    final = {switch_t: pairs for (step, switch_t), pairs in drawn.items() if step == newest}
+    table, shares = class_table(setting.classes, {"training": train[1], "held out": test[1], **{name_of(s): masks for s, (_, masks) in final.items()}})
+    tables = [{"caption": "Distances", "head": ["set", *MEASURES], "rows": [[name_of(s), *row] for (step, s), row in cells.items() if step == newest]},
+              {"caption": "Masks of images with defects", **table}]
+    if any(step != newest for step, _ in drawn):
+        tables.insert(1, {"caption": "Distances over training", "head": ["steps", "set", *MEASURES],
+                          "rows": [[step, name_of(s), *row] for (step, s), row in cells.items() if s in (0, used, 1000)]})
     return {
         "title": "Generation",
         "text": [f"{count} generated pairs, {len(train[0])} training images ({len(training[0])} with the variants of --augment) and {len(reference[0])} held-out images "
                  f"as reference, {len(others[0])} more in the first row; all with defects. Mean ± standard deviation over {groups} parts of each set.",
                  f"Patch distance: sliced Wasserstein, 0 best. KID, coverage, density (1 best) and diversity in features of {features.name}. Novelty: distance to "
-                 f"the nearest training image, held-out images have 1, a copy 0; below {COPY_BELOW} it counts as a copy. Shape: distance of the outlines, real ones have 1.",
-                 "Empty masks: " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in empty.items()) + "."],
-        "tables": [{"caption": "Distances", "head": ["set", *MEASURES], "rows": rows}, {"caption": "Masks of images with defects", **table}],
-        "figures": [setting.figure(file, sheet(rows, classes=setting.classes), caption) for file, rows, caption in figures],
-        "numbers": {"measures": numbers, "masks": shares, "generated": count, "training": len(train[0]), "held_out": len(test[0])}}
+                 f"the nearest training image, held-out images have 1, a copy 0; below {COPY_BELOW} it counts as a copy. Shape: distance of the outlines, real ones have 1. "
+                 f"Mask fit: IoU of the defects with what DeepLabV3+ sees after {3 * args.steps} steps on the real training images.",
+                 "Empty masks: " + ", ".join(f"{name} {100 * found['empty']:.0f} %" for name, found in shares.items()) + ".",
+                 *dropped(setting.run / "samples")],
+        "tables": tables,
+        "figures": generation_figures(setting, final, used, train, test, training) + [setting.figure(*parts) for parts in curves(numbers, newest)],
+        "numbers": {"measures": {step: {name_of(s): values for (at, s), values in numbers.items() if at == step} for step, _ in sorted(drawn)},
+                    "masks": shares, "generated": count,
+                    "training": len(train[0]), "held_out": len(test[0])}}
+
+
+def dropped(samples):
+    """What sample.py left out at the user's wish, as a list of no or one sentence."""
+    if not (samples / "dropped.json").exists():
+        return []
+    reasons = Counter(read_json(samples / "dropped.json").values())
+    return [f"sample.py dropped {sum(reasons.values())} pairs: {', '.join(f'{n} {reason}' for reason, n in reasons.most_common())}."]
+
+
+def generation_figures(setting, sets, used, train, test, training):
+    """Sheets: generated pairs with their nearest training images, every switch from the same noise, trajectories, real images."""
+    images, masks = sets[used]
+    show = range(0, len(images), max(1, len(images) // 8))[:8]
+    nearest = [distances(images[i:i + 1], training[0], light).argmin().item() for i in show]
+    own = [("generated", [images[i] for i in show]), ("its mask", [overlay(images[i], masks[i]) for i in show])]
+    copies = own + [("nearest training", [training[0][i] for i in nearest]), ("its mask", [overlay(training[0][i], training[1][i]) for i in nearest])]
+    same_noise = [row for switch_t, (images, masks) in sets.items()
+                  for row in ((name_of(switch_t), [images[i] for i in show]), ("its mask", [overlay(images[i], masks[i]) for i in show]))]
+    real = [(name, [overlay(images[i], masks[i]) for i in range(0, len(images), max(1, len(images) // 8))][:8])
+            for name, (images, masks) in (("training", train), ("held out", test))]
+    generator, rows = DefectGen.load(setting.run, setting.device), []
+    for seed in range(3):
+        titles, parts = strip(partial(generator.sample, [seed], switch_t=used), len(setting.classes), used, most=10)
+        rows += [(f"{name}, seed {seed}", pictures) for name, pictures in parts]
+    sheets = [("nearest.png", copies, (), "Generated pairs, and the training image nearest to each"),
+              ("trajectories.png", rows, titles, f"Denoising, handed over at t = {used}: x_t, and the image and mask predicted from it"),
+              ("real.png", real, (), "Real images with their masks")]
+    if len(sets) > 1:
+        sheets.insert(1, ("switches.png", same_noise, (), "The same noise, handed over at another timestep"))
+    return [setting.figure(file, sheet(rows, titles, classes=setting.classes), caption) for file, rows, titles, caption in sheets]
 
 
 # --- segmentation ---
 
 def mean_spread(values):
     """'51.2 ± 0.8': mean of fractions in percent, and their sample standard deviation over seeds."""
-    values = [100 * v for v in values]
-    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    return spread([100 * v for v in values], 1)
 
 
 def digest(*values):
@@ -210,14 +274,14 @@ def digest(*values):
     return hashed.hexdigest()[:16]
 
 
-def train_and_predict(setting, arch, pairs, num_classes, seed):
-    """Masks that a segmenter trained on pairs = (images, masks) predicts for the scoring images.
+def train_and_predict(setting, arch, pairs, num_classes, seed, steps, images):
+    """Masks that a segmenter trained on pairs = (images, masks) predicts for `images`.
 
     A finished cell of the tables is kept in RUN/cells and not computed again while everything that made it is the same.
     """
-    args, (scored, _) = setting.args, setting.scored
-    made_by = dict(arch=arch, num_classes=num_classes, seed=seed, steps=args.steps, weights=args.backbone_weights, bf16=setting.bf16)
-    path = setting.run / "cells" / f"{arch.replace(':', '_')}_{digest(made_by, *pairs, scored)}.pt"
+    args = setting.args
+    made_by = dict(arch=arch, num_classes=num_classes, seed=seed, steps=steps, weights=args.backbone_weights, bf16=setting.bf16)
+    path = setting.run / "cells" / f"{arch.replace(':', '_')}_{digest(made_by, *pairs, images)}.pt"
     if path.exists():
         try:
             return torch.load(path, weights_only=True)["masks"]
@@ -226,8 +290,8 @@ def train_and_predict(setting, arch, pairs, num_classes, seed):
     net = build(arch, num_classes, seed)
     if args.backbone_weights:
         load_backbone(net, args.backbone_weights)
-    fit(net.to(setting.device), *pairs, args.steps, seed=seed, bf16=setting.bf16)
-    masks = predict(net, scored, bf16=setting.bf16)
+    fit(net.to(setting.device), *pairs, steps, seed=seed, bf16=setting.bf16)
+    masks = predict(net, images, bf16=setting.bf16)
     write_atomically(path, lambda p: torch.save({"made_by": made_by, "masks": masks}, p))
     return masks
 
@@ -239,7 +303,7 @@ def object_scores(setting, pools, progress):
         for pool, pairs in pools.items():
             scores[arch, pool] = []
             for seed in range(setting.args.seeds):
-                shown[arch, pool] = train_and_predict(setting, arch, pairs, num_classes, seed)
+                shown[arch, pool] = train_and_predict(setting, arch, pairs, num_classes, seed, setting.args.steps, setting.scored[0])
                 score = miou(confusion_matrix(shown[arch, pool], setting.scored[1], num_classes))
                 scores[arch, pool].append(score)
                 progress(f"{setting.test.name}, {arch}, {pool}, seed {seed}: mIoU {100 * score['miou']:.1f} %")
@@ -357,7 +421,7 @@ def inspection(settings, progress):
     for way, (pairs, num_classes, decide) in ways.items():
         results = numbers[way] = []
         for seed in range(setting.args.seeds):
-            pred = train_and_predict(setting, "deeplabv3+", pairs, num_classes, seed)
+            pred = train_and_predict(setting, "deeplabv3+", pairs, num_classes, seed, setting.args.steps, setting.scored[0])
             pred = [unfit(mask, setting.test.native_size(i), setting.fit) for i, mask in enumerate(pred)]
             results.append(recall_fpr(truth, [decide(mask, image) for mask, image in zip(pred, names)]))
             progress(f"{way} annotation, seed {seed}")

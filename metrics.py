@@ -237,6 +237,16 @@ def shape_distance(images, reference):
 
 # --- masks ---
 
+def mask_fit(predicted, masks):
+    """How well each mask fits its image, judged by the masks (N, H, W) that a segmenter predicts from the images: (N,).
+
+    Intersection over union of the pixels of any defect: 1 where both mark the same, 0 where they are apart, nan where neither marks any.
+    A segmenter errs as well: give the mean for real pairs beside.
+    """
+    a, b = predicted > 0, masks > 0
+    return (a & b).flatten(1).sum(1) / (a | b).flatten(1).sum(1)
+
+
 def components(hits):
     """8-connected components of bool (N, H, W): int64 labels, 0 outside, else 1 + the largest pixel index of the component.
 

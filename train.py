@@ -76,11 +76,14 @@ def parse_args(argv=None):
                         "flip,turn,crop, where the product may lie that way (default: none)")
     parser.add_argument("--depth", type=int, choices=range(7), metavar="N", help="down-samplings of the network: fewer see less of the "
                         "image (python unet.py prints how much; default: the preset's)")
+    parser.add_argument("--norm", default="group", choices=["group", "local"], help="of the network: GroupNorm, or one of each pixel by itself, "
+                        "which keeps what lies outside the receptive field out (default: %(default)s)")
     parser.add_argument("--target", default="x0", choices=["x0", "eps", "v"], help="what the network predicts (default: %(default)s)")
     parser.add_argument("--t-range", choices=["own", "full"], help="timesteps to train at: all, or the stage's own side of the switch at "
                         f"{SWITCH_T} and {T_MARGIN} beyond it; full allows any --switch-t when sampling")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order, noise and timesteps (default: %(default)s)")
-    parser.add_argument("--save-every", type=int, help="steps between checkpoints with a picture of samples; the newest two are kept")
+    parser.add_argument("--save-every", type=int, help="steps between checkpoints with a picture of samples")
+    parser.add_argument("--keep", type=int, default=2, metavar="N", help="newest checkpoints to keep (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="mixed precision (default: the preset's, else by device)")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in OUT/<stage>")
@@ -88,7 +91,7 @@ def parse_args(argv=None):
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name, None) is None and name not in STAGES:
             setattr(args, name, value)
-    for name in ("steps", "batch_size", "accumulate", "save_every", "lr"):
+    for name in ("steps", "batch_size", "accumulate", "save_every", "keep", "lr"):
         if getattr(args, name) != "auto" and not getattr(args, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be above 0")
     return args
@@ -215,7 +218,7 @@ def prepare(args):
     if not defects:
         raise ValueError(f"--data {args.data}, split {args.split}: only products without defects; there is nothing to learn to draw")
     dataset = dataset.subset(defects)
-    network = dict(PRESETS[args.preset][args.stage])
+    network = dict(PRESETS[args.preset][args.stage], norm=args.norm)
     if args.depth is not None:                                      # wider levels first, then more of the widest
         widths = network["multipliers"]
         network["multipliers"] = (widths + widths[-1:] * args.depth)[:args.depth + 1]
@@ -234,8 +237,8 @@ def prepare(args):
 def restore(folder, args, config, net, ema, optimizer):
     """Load the newest checkpoint into the three and return its step. Settings that shape the weights must be the same."""
     checkpoint = load_stage(folder, args.stage)
-    free = ("steps", "save_every", "device", "bf16", "out", "data", "skip_bad", "images", "accumulate", "checkpointing", "compile")
-    old = {"t_range": [0, config["T"]], **checkpoint["config"]}     # once, every stage was trained at every t
+    free = ("steps", "save_every", "keep", "device", "bf16", "out", "data", "skip_bad", "images", "accumulate", "checkpointing", "compile")
+    old = {"t_range": [0, config["T"]], "norm": "group", **checkpoint["config"]}     # once, there was no choice
     if config["batch_size"] == "auto":
         config["batch_size"] = old["batch_size"]                    # as it was found at the start
     if old["images"] != config["images"]:                           # the folder may have moved, its images must be the same
@@ -376,7 +379,7 @@ def train(args):
         if save and rank == 0:
             log.flush()
             save_stage(folder / f"step_{done:06d}.pt", args.stage, net, ema, optimizer, done, config)
-            for old in checkpoints(folder)[:-2]:
+            for old in checkpoints(folder)[:-args.keep]:
                 old.unlink()
             picture = preview(ema, args.stage, config, *(part.to(device) for part in eight), device, alphas_cumprod)
             write_image(folder / f"samples_{done:06d}.png", picture)

@@ -11,7 +11,8 @@ With 7 channels in and out (RGB + 4 mask classes), as `python unet.py` counts th
     LARGE    125,380,871 (125.38 M)     31.4 GFLOP (31.4)              507 GFLOP (507)
     SMALL     98,216,839  (98.22 M)    132.0 GFLOP (132)              2112 GFLOP (2112)
 
-What bites: GroupNorm's statistics couple all pixels, so "receptive field" here is that of the convolutions and attention.
+What bites: GroupNorm's statistics couple all pixels, so "receptive field" here is that of the convolutions and attention; with
+norm="local" it is the whole truth.
 
     python unet.py                        # table: parameters, FLOPs, receptive field per depth
     python unet.py --size 512 384 --channels 9
@@ -53,8 +54,17 @@ def zero(module):
     return module
 
 
-def norm(channels):
-    """GroupNorm with 32 groups; fewer where a group would have under 4 channels or the division would leave a rest."""
+class LocalNorm(nn.LayerNorm):
+    """Normalises each pixel over its channels, so that no pixel knows of another."""
+
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def norm_layer(kind, channels):
+    """group: GroupNorm with 32 groups, fewer where a group would have under 4 channels or the division would leave a rest; local: LocalNorm."""
+    if kind == "local":
+        return LocalNorm(channels)
     return nn.GroupNorm(math.gcd(min(32, max(1, channels // 4)), channels), channels)
 
 
@@ -69,10 +79,10 @@ def timestep_embedding(t, dim):
 class Attention(nn.Module):
     """Self-attention over all pixels, residual."""
 
-    def __init__(self, channels, head_width):
+    def __init__(self, channels, head_width, norm):
         super().__init__()
         self.heads = channels // math.gcd(channels, head_width)
-        self.norm = norm(channels)
+        self.norm = norm_layer(norm, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero(nn.Conv2d(channels, channels, 1))
 
@@ -87,16 +97,16 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Two 3x3 convolutions with the time embedding in between, then attention if head_width is not None; residual."""
 
-    def __init__(self, in_channels, out_channels, embedding, scale_shift, dropout, head_width=None):
+    def __init__(self, in_channels, out_channels, embedding, scale_shift, dropout, norm, head_width=None):
         super().__init__()
-        self.norm1 = norm(in_channels)
+        self.norm1 = norm_layer(norm, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.modulation = nn.Linear(embedding, 2 * out_channels if scale_shift else out_channels)
-        self.norm2 = norm(out_channels)
+        self.norm2 = norm_layer(norm, out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-        self.attention = Attention(out_channels, head_width) if head_width else nn.Identity()
+        self.attention = Attention(out_channels, head_width, norm) if head_width else nn.Identity()
 
     def forward(self, x, emb):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -126,22 +136,24 @@ class UNet(nn.Module):
                           SMALL 5.2 M parameters; only so does it have the 98.22 M of the released one.
         head_width:       channels per attention head.
         dropout:          probability in [0, 1), before the second convolution of each block.
+        norm:             group: GroupNorm, whose statistics couple all pixels; local: over the channels of each pixel, so that the
+                          receptive field is what receptive_field says.
     """
 
     def __init__(self, in_channels, channels=128, multipliers=(1, 1, 2, 2, 4, 4), num_res_blocks=2,
-                 attention_levels=(3, 4, 5), middle=True, scale_shift=True, head_width=16, dropout=0.0):
+                 attention_levels=(3, 4, 5), middle=True, scale_shift=True, head_width=16, dropout=0.0, norm="group"):
         super().__init__()
         if channels % 2:
             raise ValueError(f"channels is {channels}, but the time embedding is half sines, half cosines: use {channels + 1}")
         self.config = dict(in_channels=in_channels, channels=channels, multipliers=list(multipliers),
                            num_res_blocks=num_res_blocks, attention_levels=list(attention_levels), middle=middle,
-                           scale_shift=scale_shift, head_width=head_width, dropout=dropout)
+                           scale_shift=scale_shift, head_width=head_width, dropout=dropout, norm=norm)
         self.depth = len(multipliers) - 1
         widths = [channels * m for m in multipliers]
 
         def block(c_in, level):
             attention = head_width if level in attention_levels else None
-            return Block(c_in, widths[level], 4 * channels, scale_shift, dropout, attention)
+            return Block(c_in, widths[level], 4 * channels, scale_shift, dropout, norm, attention)
 
         self.embed = nn.Sequential(nn.Linear(channels, 4 * channels), nn.SiLU(),
                                    nn.Linear(4 * channels, 4 * channels), nn.SiLU())
@@ -158,7 +170,7 @@ class UNet(nn.Module):
                 self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
         if middle:
             skips.append(c)
-            self.middle = nn.ModuleList([block(c, self.depth), Block(c, c, 4 * channels, scale_shift, dropout)])
+            self.middle = nn.ModuleList([block(c, self.depth), Block(c, c, 4 * channels, scale_shift, dropout, norm)])
         else:
             self.middle = nn.ModuleList([block(c, self.depth)])  # the first block of the way up, which has no skip to take
         self.up = nn.ModuleList()
@@ -168,7 +180,7 @@ class UNet(nn.Module):
                 c = widths[level]
             if level:
                 self.up.append(nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(c, c, 3, padding=1)))
-        self.output = nn.Sequential(norm(c), nn.SiLU(), zero(nn.Conv2d(c, in_channels, 3, padding=1)))
+        self.output = nn.Sequential(norm_layer(norm, c), nn.SiLU(), zero(nn.Conv2d(c, in_channels, 3, padding=1)))
 
     def forward(self, x, t):
         """
@@ -226,7 +238,7 @@ def measure_receptive_field(net, max_width=4096):
     net = copy.deepcopy(net).double().eval()
     for module in list(net.modules()):
         for name, child in module.named_children():
-            if isinstance(child, nn.GroupNorm):
+            if isinstance(child, (nn.GroupNorm, LocalNorm)):
                 setattr(module, name, nn.Identity())
     with torch.no_grad():
         for p in net.parameters():                              # convolutions average, all else is 0

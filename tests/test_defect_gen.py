@@ -4,7 +4,7 @@ import shutil
 import pytest
 import torch
 
-from defect_gen import DefectGen, checkpoints, decode, encode, exact_denoiser, load_stage, switched
+from defect_gen import DefectGen, checkpoints, decode, encode, exact_denoiser, load_stage, open_training, steps_of, strip, switched
 from diffusion import noise_for, sample, schedule, timesteps
 
 
@@ -153,3 +153,31 @@ def test_stages_that_do_not_fit_together_are_refused(copy):
     torch.save(checkpoint, path)
     with pytest.raises(ValueError, match="do not fit together: classes"):
         DefectGen.load(copy)
+
+
+def test_an_older_checkpoint_can_be_asked_for(trained):
+    assert steps_of(trained / "small") == [2, 4]
+    new, old = (DefectGen.load(trained, step=step) for step in (None, 2))
+    assert new.fingerprint == DefectGen.load(trained, step=4).fingerprint != old.fingerprint
+    with pytest.raises(FileNotFoundError, match="no checkpoint of the large stage at step 3"):
+        DefectGen.load(trained, step=3)
+
+
+def test_a_strip_shows_the_first_and_last_step_and_who_was_asked():
+    def draw(on_step):
+        for t in (999, 500, 400, 399, 0):
+            on_step(t, torch.full((1, 5, 4, 4), t / 1000), torch.zeros(1, 5, 4, 4))
+
+    titles, rows = strip(draw, 2, 400, most=4)
+    assert titles == ("large t=999", "large t=500", "small t=399", "small t=0")
+    assert [name for name, _ in rows] == ["x_t", "image", "mask"] and all(len(pictures) == 4 for _, pictures in rows)
+    assert rows[0][1][1].unique().tolist() == [191]                 # (0.5 + 1) * 127.5
+
+
+def test_training_images_that_are_no_longer_the_same_are_refused(data, trained):
+    config = load_stage(trained / "large", "large")["config"]
+    assert len(open_training(trained, config, (8, 8))) == 15
+    with pytest.raises(ValueError, match="no longer the 1 images"):
+        open_training(trained, {**config, "images": ["crack/000"]}, (8, 8))
+    with pytest.raises(ValueError, match="has the classes background, crack, dirt"):
+        open_training(trained, {**config, "classes": ["background", "crack"]}, (8, 8))

@@ -39,7 +39,8 @@ def test_all_three_with_a_standard_of_ones_own(sampled, tmp_path, capsys):
     assert sum(table[key] for key in ("tp", "fn", "fp", "tn")) == 9 and table["tp"] + table["fn"] == 3      # cracks are not allowed, dirt is small
     held_out = metrics["generation"]["numbers"]["masks"]["held out"]
     assert held_out["empty"] == 0 and held_out["classes"][1]["images"] == 0.5       # good products are left out of this table
-    assert list(metrics["generation"]["numbers"]["measures"]) == ["other real images", "switch_t 400"]      # trained on its own timesteps
+    sets = {step: list(found) for step, found in metrics["generation"]["numbers"]["measures"].items()}
+    assert sets == {"2": ["switch_t 400"], "4": ["other real images", "switch_t 400"]}                 # trained on its own timesteps
     assert str(sampled / "quick/report.html") in capsys.readouterr().out
 
 
@@ -48,10 +49,26 @@ def test_a_run_trained_at_all_timesteps_is_drawn_with_every_switch_from_the_same
     for stage in ("large", "small"):
         train.train(train.parse_args(["--stage", stage, "--data", str(data), "--out", str(out), *TINY, "--t-range", "full"]))
     sample.draw_pairs(sample.parse_args(["--run", str(out), "--count", "8", "--switch-t", "600"]))
+    (out / "samples/dropped.json").write_text('{"3": "empty", "5": "empty", "6": "copies"}')
     result = go("generation", "--run", out, "--quick")["generation"]
-    assert [row[0] for row in result["tables"][0]["rows"]] == ["other real images", "switch_t 600", "large only", "switch_t 200", "switch_t 400",
+    assert [row[0] for row in result["tables"][0]["rows"]] == ["other real images", "large only", "switch_t 100", "switch_t 200", "switch_t 400", "switch_t 600",
                                                                "switch_t 800", "small only"]
-    assert picture(out / "quick/figures/switches.png").std() > 0
+    assert [row[:2] for row in result["tables"][1]["rows"]] == [[step, name] for step in (2, 4) for name in ("large only", "switch_t 600", "small only")]
+    assert result["text"][3] == "sample.py dropped 3 pairs: 2 empty, 1 copies."
+    for name in ("switches", "switch", "training", "trajectories"):
+        assert picture(out / f"quick/figures/{name}.png").std() > 0
+    measured = result["numbers"]["measures"]
+    assert measured["2"]["large only"] != measured["4"]["large only"]
+
+
+def test_curves_need_two_points_and_show_measures_as_shares(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evaluate, "plot", lambda x, lines: drawn.append((x, lines)))
+    values = {name: (20.0, 30.0) for name in evaluate.MEASURES}
+    assert evaluate.curves({(4, None): values, (4, 400): values}, 4) == []
+    assert [file for file, *_ in evaluate.curves({(4, None): values, (2, 400): values, (4, 400): values, (4, 0): values}, 4)] == ["switch.png", "training.png"]
+    assert drawn[0][0] == [400, 0] and drawn[0][1]["copies"] == [0.25, 0.25] and drawn[0][1]["novelty"] == [25, 25]
+    assert drawn[1] == ([2, 4], {"switch_t 400": [25, 25]})         # the large network alone was not drawn at step 2
 
 
 def test_one_experiment_keeps_the_results_of_the_others(sampled):

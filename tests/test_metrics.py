@@ -9,7 +9,7 @@ from torchvision.models import inception_v3
 from datasets import augment
 from conftest import run
 from metrics import (Features, components, copy_share, coverage_density, defect_crops, fid, intra_cluster_diversity, kid, laplacian_pyramid,
-                     main, mask_statistics, nearest_ratio, novelty, shape_distance, sliced_wasserstein, variants, wasserstein)
+                     main, mask_fit, mask_statistics, nearest_ratio, novelty, shape_distance, sliced_wasserstein, variants, wasserstein)
 
 
 def test_the_pyramid_adds_up_to_the_image():
@@ -259,6 +259,14 @@ def test_components_equal_a_flood_fill():
     labels = components(hits)
     assert torch.equal(labels, torch.stack([flooded(hit) for hit in hits]))
     assert [len(label.unique()) - 1 for label in labels[-2:]] == [1, 1] and labels[2].unique().numel() > 5
+
+
+def test_mask_fit_is_the_overlap_of_any_defect():
+    masks, seen = torch.zeros(4, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, 4, dtype=torch.uint8)
+    masks[0, :2], seen[0, :2] = 1, 2                                # the same place, another class
+    masks[1, :2], seen[1, 1:3] = 1, 1                               # 4 of 12 pixels
+    masks[2, 0] = 3
+    assert torch.equal(mask_fit(seen, masks)[:3], torch.tensor([1, 1 / 3, 0])) and mask_fit(seen, masks)[3].isnan()
 
 
 def test_mask_statistics():

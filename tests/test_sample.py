@@ -8,7 +8,7 @@ import torch
 
 import sample
 from conftest import ROOT, picture
-from datasets import open_dataset
+from datasets import open_dataset, read_json
 from defect_gen import checkpoints
 
 
@@ -132,3 +132,78 @@ def test_a_picture_that_cannot_be_written_ends_the_command(trained, tmp_path, mo
     monkeypatch.setattr(sample, "write_pair", full)
     with pytest.raises(OSError, match="No space left"):
         go("--run", trained, "--count", 3, "--num-steps", 3, "--out", tmp_path)
+
+
+# --- only some pairs ---
+
+def halves(self, seeds, *args):
+    """In place of a generator: even seeds are empty, odd ones have a square of class 1 with as many pixels as the seed; 5 and 9 copy a training image."""
+    masks, images = torch.zeros(len(seeds), 16, 16, dtype=torch.uint8), torch.zeros(len(seeds), 3, 16, 16, dtype=torch.uint8)
+    train = sample.open_training("", self.config, (16, 16))
+    for i, seed in enumerate(seeds):
+        images[i] = train[0][0] if seed in (5, 9) else torch.randint(0, 256, (3, 16, 16), generator=torch.Generator().manual_seed(seed))
+        masks[i].view(-1)[:seed % 2 * seed] = 1 + (seed == 7)
+    return images, masks
+
+
+def kept(folder):
+    return [int(s.name[-6:]) for s in open_dataset(folder).samples]
+
+
+@pytest.mark.parametrize("flags, seeds, dropped", [
+    (["--no-empty"], [1, 3, 5], {0: "empty", 2: "empty", 4: "empty"}),
+    (["--kind", "crack", "--min-area-px", 4, "--max-area-px", 9], [5, 9],
+     {**{n: "without crack" for n in (0, 2, 4, 6, 7, 8, 10, 12, 14)}, **{n: "below 4 px" for n in (1, 3)}, **{n: "above 9 px" for n in (11, 13)}}),
+    (["--kind", "dirt"], [7], {n: "without dirt" for n in range(15) if n != 7}),
+    (["--no-empty", "--min-novelty", 0.5], [1, 3, 7], {**{n: "empty" for n in (0, 2, 4, 6)}, 5: "copies"})])
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_wishes_keep_the_first_pairs_that_fulfil_them(trained, tmp_path, monkeypatch, flags, seeds, dropped, batch_size):
+    monkeypatch.setattr(sample.DefectGen, "sample", halves)
+    command = ["--run", trained, "--count", 3, "--max-draws", 15, "--batch-size", batch_size, "--out", tmp_path, *flags]
+    if len(seeds) < 3:
+        with pytest.raises(ValueError, match=f"only {len(seeds)} of --count 3 pairs after 15 draws, which are kept"):
+            go(*command)
+    else:
+        go(*command)
+    found = {int(seed): reason for seed, reason in read_json(tmp_path / "dropped.json").items()}
+    assert kept(tmp_path) == seeds and {n: found[n] for n in dropped} == dropped
+    assert all(n > seeds[-1] for n in set(found) - set(dropped))                   # drawn with the last batch
+
+
+def test_what_was_decided_is_not_drawn_again(trained, tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(sample.DefectGen, "sample", lambda self, seeds, *args: asked.extend(seeds) or halves(self, seeds))
+    command = ["--run", trained, "--no-empty", "--batch-size", 2, "--out", tmp_path, "--count"]
+    go(*command, 2)
+    go(*command, 2)
+    assert asked == [0, 1, 2, 3] and "2 of 4 pairs wanted (50 %), dropped: 2 empty" in capsys.readouterr().out
+    go(*command, 3)
+    assert asked == [0, 1, 2, 3, 4, 5] and kept(tmp_path) == [1, 3, 5]
+    with pytest.raises(ValueError, match="drawn with other settings"):
+        go(*command[:2], "--batch-size", 2, "--out", tmp_path, "--count", 3)
+
+
+def test_a_mask_that_does_not_fit_its_image_is_dropped(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample.DefectGen, "sample", halves)
+    monkeypatch.setattr(sample, "fit", lambda net, images, masks, steps, **options: trainings.append((len(images), steps)))
+    monkeypatch.setattr(sample, "predict", lambda net, images: (torch.arange(256).view(1, 16, 16) < 5).long().expand(len(images), -1, -1))
+    trainings = []
+    go("--run", trained, "--seeds", "1-9", "--min-fit", 0.6, "--out", tmp_path)
+    assert trainings == [(15, sample.FIT_STEPS)] and kept(tmp_path) == [3, 5, 7]      # 5 pixels seen: IoU 3/5, 1, 5/7
+    assert set(read_json(tmp_path / "dropped.json").values()) == {"whose mask does not fit"}
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--kind", "scratch"], "--kind scratch: .* draws crack, dirt"), (["--min-fit", 2], "--min-fit is 2"), (["--min-novelty", -1], "--min-novelty is -1"),
+    (["--min-area-px", 9, "--max-area-px", 3], "--min-area-px 9 is more than --max-area-px 3")])
+def test_impossible_wishes_are_one_sentence(trained, tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        go("--run", trained, "--count", 2, "--out", tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wishes_are_for_one_process(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="--no-empty draws until enough pairs are wanted"):
+        go("--run", trained, "--no-empty", "--out", tmp_path / "out")

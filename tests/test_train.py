@@ -388,3 +388,16 @@ def test_a_checkpoint_with_another_memory_layout_resumes_the_same(data, tmp_path
     for name in "ab":
         go(*flags, "--out", tmp_path / name, "--steps", 8, "--resume")
     assert_same(tmp_path / "a", tmp_path / "b", atol=0)
+
+
+def test_keep_says_how_many_checkpoints_stay(data, tmp_path):
+    train.train(train.parse_args(["--stage", "small", "--data", str(data), "--out", str(tmp_path), *TINY, "--steps", "5", "--save-every", "1", "--keep", "3"]))
+    assert [path.name for path in checkpoints(tmp_path / "small")] == ["step_000003.pt", "step_000004.pt", "step_000005.pt"]
+
+
+def test_norm_is_kept_in_the_checkpoint_and_on_resume(data, tmp_path):
+    flags = ["--stage", "small", "--data", str(data), "--out", str(tmp_path), *TINY, "--norm", "local"]
+    train.train(train.parse_args(flags))
+    assert not any(isinstance(m, torch.nn.GroupNorm) for m in train.UNet(**load_stage(tmp_path / "small", "small")["network"]).modules())
+    with pytest.raises(ValueError, match="norm was local and is group"):
+        train.train(train.parse_args([*flags[:-2], "--resume", "--steps", "6"]))

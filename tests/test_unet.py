@@ -124,7 +124,7 @@ def test_config_rebuilds_the_network_and_holds_plain_values():
     again.load_state_dict(net.state_dict(), strict=True)
     x = torch.randn(1, 4, 8, 8)
     assert torch.equal(again.eval()(x, 7), net(x, 7))
-    assert all(isinstance(value, (int, float, bool, list)) for value in net.config.values())
+    assert all(isinstance(value, (int, float, bool, list, str)) for value in net.config.values())
 
 
 def test_an_image_gets_the_same_answer_alone_and_in_a_batch():
@@ -163,3 +163,23 @@ def test_a_forward_pass_never_waits_for_the_gpu():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(answer.cpu(), expected, rtol=1e-2, atol=1e-2)            # TF32 convolutions
+
+
+@pytest.mark.parametrize("norm, alike", [("local", True), ("group", False)])
+def test_with_local_norm_what_lies_outside_the_receptive_field_changes_no_bit(norm, alike):
+    torch.manual_seed(0)
+    net = UNet(3, channels=8, multipliers=(1, 2), num_res_blocks=1, attention_levels=(), middle=False, norm=norm)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, 0, 0.3)
+    half, x = unet.receptive_field(net) // 2, torch.randn(1, 3, 16, 128)
+    far, near = x.clone(), x.clone()
+    far[..., 64 + half + 2:] += 5                           # + 2: the alignment to the grid of the level below
+    near[..., 64 + half // 2:] += 5
+    with torch.no_grad():
+        before, after, moved = (net(image, 300)[..., 64] for image in (x, far, near))
+    assert torch.equal(before, after) == alike and not torch.equal(before, moved)
+
+
+def test_receptive_field_is_measured_with_either_norm():
+    nets = [UNet(3, channels=4, multipliers=(1, 1), num_res_blocks=1, attention_levels=(), middle=False, norm=norm) for norm in ("group", "local")]
+    assert [unet.measure_receptive_field(net) for net in nets] == [unet.receptive_field(net) for net in nets]
