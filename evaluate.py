@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import math
+import re
 import statistics
 import sys
 import time
@@ -322,6 +323,14 @@ def names_of(settings):
     return names
 
 
+def file_words(names):
+    """A short word for file names for each of several names, all different; names of folders may be long and hold anything."""
+    words = []
+    for word in (re.sub(r"\W+", "_", name)[:40] for name in names):
+        words.append(word if word not in words else f"{word}_{len(words) + 1}")
+    return words
+
+
 def comparison(named_scores, archs, measure):
     """One row per network; for each object, and for their mean, without | with | difference of a measure, paired by seed."""
     head, rows = ["network"], [[arch] for arch in archs]
@@ -341,7 +350,7 @@ def comparison(named_scores, archs, measure):
 def segmentation(settings, progress):
     """mIoU on real images, trained on real images alone and on real + generated ones, at the same number of optimiser steps."""
     args, named_scores, texts, tables, figures = settings[0].args, {}, [], [], []
-    for setting, name in zip(settings, names_of(settings)):
+    for setting, name, file in zip(settings, names := names_of(settings), file_words(names)):
         count = min(1, len(setting.drawn[0]) / len(setting.real[0]))                # 1:1, near the best ratio in the paper's ablation
         pools = {"real": setting.real, "real + generated": mix(setting.real, setting.drawn, count)}
         scores, shown = object_scores(setting, pools, progress)
@@ -358,7 +367,6 @@ def segmentation(settings, progress):
         defects, titles = setting.test.defective(), ["image", "truth"] + [a + (" +" if p != "real" else "") for a, p in shown]
         wrong = sum((masks != setting.scored[1]).flatten(1).sum(1) for masks in shown.values())
         worst = sorted(range(len(wrong)), key=lambda i: -wrong[i])[:6]
-        file = name.replace(":", "_")
         for word, indices in (("evenly chosen", defects[::max(1, len(defects) // 6)][:6]), ("with the most wrong pixels", worst)):
             picture = sheet(setting.pictures(shown.values(), indices), titles, setting.classes)
             figures.append(setting.figure(f"segmentation_{file}_{word.split()[0]}.png", picture,
@@ -410,7 +418,7 @@ def same_images(dataset, others):
 
 
 def inspect_line(setting, name, standard, progress):
-    """The simulated line of one run's product: (Line with every way judged, sentences on its readings, figures)."""
+    """The simulated line of one run's product: (Line with every way judged, sentences on its readings, pictures of the gallery)."""
     args, drawn = setting.args, str(setting.data).startswith("drawn:")
     line = Line(name, setting.test, standard, setting.classes, setting.fit, sorted({*((side, side) for side in SIDES), setting.size}))
     progress(f"{name}: truth from masks at native size: {line.truth.count('reject')} of {len(line.truth)} are to be rejected")
@@ -458,8 +466,7 @@ def inspect_line(setting, name, standard, progress):
         f"{name}: predictions are {h}x{w}: one of their pixels counts {native / (h * w):.0f} native ones; smaller limits cannot be met."
         + {"squash": "", "pad": " Their padding was cut off.",
            "crop": " What lies outside the crop was not seen and counts as no defect."}[setting.fit]]
-    file = name.replace(":", "_")
-    return line, texts, [{**setting.figure(f"verdict_{file}_{end}", picture, caption), "gallery": True} for end, picture, caption in pictures]
+    return line, texts, pictures
 
 
 INSPECTION_TEXT = [
@@ -475,7 +482,7 @@ INSPECTION_TEXT = [
 def inspection(settings, progress):
     """Recall and false positive rate of verdicts: segmenters of the original, the spectrum and the spectrum + generated labels."""
     args, lines, texts, pictures, not_run = settings[0].args, [], [], [], []
-    for setting, name, given in zip(settings, names_of(settings), args.standard):
+    for setting, name, file, given in zip(settings, names := names_of(settings), file_words(names), args.standard):
         standard = standard_of(setting, given)
         if standard is None:
             not_run.append(f"Not run: there is no standard for {name} with these classes. Write one (README, 'Verdicts') and pass --standard FILE.")
@@ -483,7 +490,7 @@ def inspection(settings, progress):
         line, text, gallery_pictures = inspect_line(setting, name, standard, progress)
         lines.append(line)
         texts += text
-        pictures += gallery_pictures
+        pictures += [{**setting.figure(f"verdict_{file}_{end}", picture, caption), "gallery": True} for end, picture, caption in gallery_pictures]
         if not (args.original or str(setting.data).startswith("drawn:")):
             not_run.append(f"Inspection, {name}: the data set's older binary masks (--original); all classes merged stand in for them.")
     if not lines:

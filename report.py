@@ -75,8 +75,9 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: right; vertical-align: top }
 td { white-space: nowrap }
 th { vertical-align: bottom; max-width: 10rem }
+th.text { text-align: left }
 td.text { text-align: left; white-space: normal; min-width: 6rem; max-width: 24rem }
-th:first-child, caption { text-align: left }
+caption { text-align: left }
 caption { font-weight: 600 }
 img { max-width: 100%; height: auto; background: #fff }
 figure { margin: 1.2rem 0 }
@@ -105,11 +106,11 @@ def text(value):
 
 
 def html_table(table):
-    """{"caption", "head": cells, "rows": lists of cells}; cells that are no numbers stand left."""
-    cell = lambda c: f"<td>{text(c)}</td>" if str(c)[:1] in "0123456789-–" else f"<td class=text>{text(c)}</td>"
-    return (f"<div class=wide tabindex=0><table><caption>{text(table['caption'])}</caption>"
-            f"<thead><tr>{''.join(f'<th scope=col>{text(c)}</th>' for c in table['head'])}</tr></thead><tbody>"
-            + "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in table["rows"]) + "</tbody></table></div>")
+    """{"caption", "head": cells, "rows": lists of cells}; columns of words stand left, of numbers right."""
+    words = [any(str(row[c])[:1] not in "0123456789-–" for row in table["rows"]) for c in range(len(table["head"]))]
+    line = lambda tag, row: "".join(f"<{tag}{' class=text' * word}>{text(cell)}</{tag.split()[0]}>" for cell, word in zip(row, words))
+    return (f"<div class=wide tabindex=0><table><caption>{text(table['caption'])}</caption><thead><tr>{line('th scope=col', table['head'])}</tr></thead><tbody>"
+            + "".join(f"<tr>{line('td', row)}</tr>" for row in table["rows"]) + "</tbody></table></div>")
 
 
 def html_figure(folder, figure):
@@ -148,7 +149,7 @@ def split_table(metrics):
 
 
 def write_report(folder, metrics):
-    """folder/report.html: a summary, then text, tables and pictures of every experiment in metrics, what was not run, and the settings.
+    """folder/report.html: a summary, then tables, text and pictures of every experiment in metrics, what was not run, and the settings.
 
     metrics: {name: {"title", "text": sentences, "tables", "figures", "settings", and optional "summary": sentence, "not_run": sentences,
     "split": rows (data, kind, training images, scoring images)}}. The tables of folder/speed.json come along where there are any.
@@ -157,7 +158,7 @@ def write_report(folder, metrics):
     metrics = dict(sorted(metrics.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
     speed = read_json(folder / "speed.json") if (folder / "speed.json").exists() else {}
     tables = [part["table"] for part in speed.values() if "table" in part]
-    sections = {name: (result["title"], "".join(f"<p>{text(t)}</p>" for t in result["text"]) + "".join(map(html_table, result["tables"]))
+    sections = {name: (result["title"], "".join(map(html_table, result["tables"])) + "".join(f"<p>{text(t)}</p>" for t in result["text"])
                        + html_figures(folder, result["figures"])) for name, result in metrics.items()}
     if tables:
         machines = ", ".join(dict.fromkeys(part["machine"] for part in speed.values()))
@@ -168,7 +169,8 @@ def write_report(folder, metrics):
     split = split_table(metrics)
     sections["settings"] = "Settings and data", (html_table(split) if split else "") + html_table(settings_table(metrics))
 
-    title = text(f"Defect-Gen: {folder.resolve().name}")
+    run = folder.resolve()
+    title = text(f"Defect-Gen: {f'{run.parent.name}, run-through' if run.name == 'quick' else run.name}")
     quick = ["A run-through of --quick: the numbers mean nothing."] if any("quick" in result["settings"] for result in metrics.values()) else []
     summary = quick + [result["summary"] for result in metrics.values() if result.get("summary")]
     page = ("<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>"

@@ -235,3 +235,8 @@ def test_class_table_counts_pixels_and_images():
     table, numbers = evaluate.class_table(("background", "crack"), {"real": masks})
     assert numbers["real"]["classes"][1]["pixels"] == pytest.approx(0.075) and numbers["real"]["empty"] == 0.75
     assert table["rows"] == [["real", "crack", "7.50", "25", "1.0", "3", "0.25, 0.30"]]
+
+
+def test_words_for_file_names_are_short_and_differ():
+    words = evaluate.file_words(["drawn:pill", "drawn_pill", 200 * "x", 200 * "x" + "y", '"><b> ü猫'])
+    assert words[:2] == ["drawn_pill", "drawn_pill_2"] and len(set(words)) == 5 and max(map(len, words)) < 50 and words[4] == "_b_ü猫"
