@@ -34,8 +34,8 @@ from metrics import (COPY_BELOW, Features, copy_share, coverage_density, defect_
                      mask_statistics, novelty, shape_distance, sliced_wasserstein, variants)
 from report import mean_spread, plot, spread, versions, write_report
 from segment import ARCHS, build, check_arch, confusion_matrix, fit, load_backbone, masks_at, miou, mix, predict
-from simulation import (BINARY, LEVELS, SIDES, Line, area_standard, best_limit, confidence, curve_table, floor_table, gallery, interval, judge_all,
-                        percent, pooled, rule_table, seed_table, verdict_table, working_points)
+from simulation import (BINARY, LEVELS, SIDES, Line, area_standard, best_limit, confidence, curve_table, floor_table, gallery, interval, percent,
+                        pooled, rule_table, seed_table, verdict_table, working_points)
 
 
 class Setting:
@@ -109,6 +109,10 @@ class Setting:
         """Rows of a sheet: image, truth and each prediction for some of the scoring images."""
         images, target = self.scored
         return [(printable(self.test.samples[i].kind), [images[i]] + [overlay(images[i], masks[i]) for masks in (target, *predictions)]) for i in indices]
+
+
+def counted(n, word):
+    return f"{n} {word}{'s' * (n != 1)}"
 
 
 # --- generation ---
@@ -381,7 +385,7 @@ def segmentation(settings, progress):
                     for scores in named_scores.values()] for arch in args.arch}
     return {
         "title": "Segmentation",
-        "summary": f"Segmentation of {', '.join(named_scores)}, {args.seeds} seeds: generated pairs change the mIoU by "
+        "summary": f"Segmentation of {', '.join(named_scores)}, {counted(args.seeds, 'seed')}: generated pairs change the mIoU by "
                    + ", ".join(f"{100 * statistics.mean(gain):+.1f} points ({arch})" for arch, gain in gains.items()) + ".",
         "text": [*texts, f"{args.steps} optimiser steps of 8 images with and without generated pairs, the last weights are scored; backbone weights: "
                  f"{args.backbone_weights or 'none'}. Mean ± standard deviation over {args.seeds} seeds; the difference is paired by seed. "
@@ -422,7 +426,7 @@ def inspect_line(setting, name, standard, progress):
     args, drawn = setting.args, str(setting.data).startswith("drawn:")
     line = Line(name, setting.test, standard, setting.classes, setting.fit, sorted({*((side, side) for side in SIDES), setting.size}))
     progress(f"{name}: truth from masks at native size: {line.truth.count('reject')} of {len(line.truth)} are to be rejected")
-    learned = Line(name, setting.train, standard, setting.classes)              # of the training images: to choose the limit on
+    learned = Line(name, setting.train, standard, setting.classes, setting.fit)     # of the training images: to choose the limit on
 
     old, merged = drawn or args.original, lambda masks: (masks > 0).to(torch.uint8)
     coarse = setting.open(setting.config["split"], "original").tensors() if old else (setting.real[0], merged(setting.real[1]))
@@ -436,7 +440,7 @@ def inspect_line(setting, name, standard, progress):
                 found = train(pairs, num_classes, seed, images=torch.cat([setting.real[0], setting.scored[0]]))
                 of_training, found = found[:len(setting.real[0])], found[len(setting.real[0]):]
                 any_defect = area_standard(standard, 0)
-                findings = judge_all(masks_at(of_training).numpy(), setting.train, any_defect, BINARY, setting.fit)
+                findings = learned.judge(masks_at(of_training).numpy(), any_defect, BINARY)
                 line.limits[seed] = best_limit([sum(f.area_px for f in those) for those in findings], learned.truth)
                 line.add("original: any defect", seed, found, any_defect, BINARY)
                 line.add("original: best area", seed, found, area_standard(standard, line.limits[seed]), BINARY)
@@ -449,10 +453,10 @@ def inspect_line(setting, name, standard, progress):
 
     perfect = same_images(setting.open(args.split, "original"), setting.test) if old else None
     perfect = perfect.tensors()[1] if perfect else merged(setting.scored[1])
-    rates = recall_fpr(line.truth, map(verdict, judge_all(perfect.numpy(), setting.test, area_standard(standard, 0), BINARY, setting.fit)))
-    h, w = unfit(perfect[0].numpy(), setting.test.native_size(0), setting.fit).shape
-    native = math.prod(standard.native_size or setting.test.native_size(0))
-    odd = [f"{a}x{b}" for a, b in line.natives if standard.native_size and (a, b) != standard.native_size]
+    rates = recall_fpr(line.truth, map(verdict, line.judge(perfect.numpy(), area_standard(standard, 0), BINARY)))
+    h, w = unfit(perfect[0].numpy(), line.natives[0], setting.fit).shape
+    native = math.prod(standard.native_size or line.natives[0])
+    odd = [f"{a}x{b}" for a, b in dict.fromkeys(line.natives) if standard.native_size and (a, b) != standard.native_size]
     texts = [
         f"{name}: standard {standard.name}: {'; '.join(rule.name for rule in standard.rules)}; any other defect: {standard.unnamed}. "
         f"Truth: exact masks at native size; {line.truth.count('reject')} of {len(line.truth)} scoring images are to be rejected, and "
@@ -476,7 +480,7 @@ INSPECTION_TEXT = [
     "Recall: rejected among those to be rejected; false alarms: rejected among the others. ± is the standard deviation over seeds; intervals are exact binomial ones "
     "(Clopper-Pearson) of the counts of all seeds. They take verdicts as independent; but each image comes back with each seed, so they are too narrow for new products.",
     "Confidence: p / (p + background) of a pixel's likeliest defect class; at 50 % the masks are the segmenter's own, which all other tables use. The best area stays as chosen there.",
-    "Gallery: segmenters of the spectrum labels, seed 0; outlines are red where they reject and green where they do not."]
+    "Gallery: segmenters of the spectrum labels, seed 0; each product with its exact and then its predicted mask, outlined in red where a rule rejects and in green where not."]
 
 
 def inspection(settings, progress):
@@ -511,7 +515,7 @@ def inspection_summary(lines, together, seeds):
     """The finding in a sentence: what the labels change."""
     said = {way: f"{percent(r['recall'])} % of what the standard rejects is rejected ({interval(r['intervals']['recall'])}), with "
                  f"{percent(r['fpr'])} % false alarms ({interval(r['intervals']['fpr'])})" for way, r in together.items()}
-    return (f"Inspection of {', '.join(line.name for line in lines)}, {seeds} seeds: with the spectrum labels and the standard "
+    return (f"Inspection of {', '.join(line.name for line in lines)}, {counted(seeds, 'seed')}: with the spectrum labels and the standard "
             f"{said['spectrum: standard']}; with the original labels, where any defect rejects, {said['original: any defect']}.")
 
 

@@ -155,16 +155,12 @@ def load_standard(name_or_path, classes=None) -> Standard:
     _check_keys(data, name, ("object", "native_size", "rules"), ("unnamed", "name", "px_per_mm"))
     size, unnamed, px_per_mm = data["native_size"], data.get("unnamed", "reject"), data.get("px_per_mm")
     for key in ("object", "name"):
-        if not (isinstance(data.get(key, "-"), str) and data.get(key, "-").strip()):
-            raise ValueError(f"{name}: {key} must be a string and not empty, not {data[key]!r}")
-    if size != "mask" and not (isinstance(size, list) and len(size) == 2 and all(type(n) is int and 0 < n < 10**6 for n in size)):
-        raise ValueError(f'{name}: native_size must be two positive integers [height, width], or "mask", not {size!r}')
-    if unnamed not in ("accept", "reject", "error"):
-        raise ValueError(f'{name}: unnamed must be "reject", "accept" or "error", not {unnamed!r}')
-    if "px_per_mm" in data and not (_is_number(px_per_mm) and px_per_mm > 0):
-        raise ValueError(f"{name}: px_per_mm must be a finite number > 0, not {px_per_mm!r}")
-    if not (isinstance(data["rules"], list) and data["rules"]):
-        raise ValueError(f"{name}: rules must be a list of at least one rule, not {data['rules']!r}")
+        _need(_is_text(data.get(key, "-")), name, key, "a string and not empty", data.get(key))
+    _need(size == "mask" or isinstance(size, list) and len(size) == 2 and all(type(n) is int and 0 < n < 10**6 for n in size),
+          name, "native_size", 'two positive integers [height, width], or "mask"', size)
+    _need(unnamed in ("accept", "reject", "error"), name, "unnamed", '"reject", "accept" or "error"', unnamed)
+    _need("px_per_mm" not in data or _is_number(px_per_mm) and px_per_mm > 0, name, "px_per_mm", "a finite number > 0", px_per_mm)
+    _need(isinstance(data["rules"], list) and data["rules"], name, "rules", "a list of at least one rule", data["rules"])
 
     rules, owner = [], {}
     for i, entry in enumerate(data["rules"]):
@@ -192,29 +188,32 @@ def load_standard(name_or_path, classes=None) -> Standard:
 def _read_rule(rule, where) -> Rule:
     _check_keys(rule, where, ("classes",), (*LIMITS, "per", "connectivity", "min_component_px", "name"))
     names, limits = rule["classes"], [key for key in LIMITS if key in rule]
-    if not (isinstance(names, list) and names and all(isinstance(c, str) and c for c in names)):
-        raise ValueError(f"{where}: classes must be a list of at least one class name, not {names!r}")
+    _need(isinstance(names, list) and names and all(map(_is_text, names)), where, "classes", "a list of at least one class name", names)
     if "background" in names:
         raise ValueError(f"{where}: classes names background, which is no defect")
     if len(limits) != 1:
         raise ValueError(f"{where}: exactly one limit is needed, of {', '.join(LIMITS)}, not {' and '.join(limits) or 'none'}")
     measure, limit, least = limits[0].removeprefix("max_"), rule[limits[0]], rule.get("min_component_px", 0)
     for key, value in ((limits[0], limit), ("min_component_px", least)):
-        if not _is_number(value):
-            raise ValueError(f"{where}: {key} must be a finite number >= 0, not {value!r}")
-    if measure == "count" and limit != int(limit):
-        raise ValueError(f"{where}: max_count must be a whole number, not {limit!r}")
+        _need(_is_number(value), where, key, "a finite number >= 0", value)
+    _need(measure != "count" or limit == int(limit), where, "max_count", "a whole number", limit)
     per, connectivity = rule.get("per", MEASURES[measure][0]), rule.get("connectivity", 8)
-    if per not in MEASURES[measure]:
-        raise ValueError(f"{where}: per must be {' or '.join(MEASURES[measure])} for {limits[0]}, not {per!r}")
-    if type(connectivity) is not int or connectivity not in (4, 8):
-        raise ValueError(f"{where}: connectivity must be 8 or 4, not {connectivity!r}")
+    _need(per in MEASURES[measure], where, "per", f"{' or '.join(MEASURES[measure])} for {limits[0]}", per)
+    _need(type(connectivity) is int and connectivity in (4, 8), where, "connectivity", "8 or 4", connectivity)
     joined, (kind, _, unit) = ("each " if per == "component" else "") + "+".join(names), measure.partition("_")
     words = f"{joined} {'shorter than' if kind == 'length' else 'below'} {limit} {unit or 'pieces'}" if limit else f"no {'+'.join(names)}"
     name = rule.get("name", words)
-    if not (isinstance(name, str) and name.strip()):
-        raise ValueError(f"{where}: name must be a string and not empty, not {name!r}")
+    _need(_is_text(name), where, "name", "a string and not empty", name)
     return Rule(name, tuple(names), limit, measure, per, connectivity, least)
+
+
+def _need(holds, where, key, wanted, value):
+    if not holds:
+        raise ValueError(f"{where}: {key} must be {wanted}, not {value!r}")
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _is_number(value) -> bool:
@@ -761,6 +760,16 @@ def bench_masks(side):
     return {"8 defects": spots, "noise, 10 %": rng.random((side, side)) < 0.1, "noise, 50 %": rng.random((side, side)) < 0.5, "spiral": spiral}
 
 
+def timed(work, times=3):
+    """(milliseconds of the fastest of several, result)"""
+    spent = []
+    for _ in range(times):
+        start = time.perf_counter()
+        result = work()
+        spent.append(1e3 * (time.perf_counter() - start))
+    return min(spent), result
+
+
 def bench(side=1024, count=1000) -> int:
     """Print what components cost here, beside a flood fill and, where it is installed, scipy.ndimage; and `count` masks judged."""
     try:
@@ -768,50 +777,32 @@ def bench(side=1024, count=1000) -> int:
     except ImportError:
         ndimage = None
 
-    def timed(work, times=3):
-        """(milliseconds of the fastest of several, result)"""
-        starts, results = [time.perf_counter()], []
-        for _ in range(times):
-            results.append(work())
-            starts.append(time.perf_counter())
-        return 1e3 * min(np.diff(starts)), results[-1]
-
     def theirs():
         labels, n = ndimage.label(mask, np.ones((3, 3)))
         return np.bincount(labels.ravel(), minlength=n + 1)[1:].tolist(), ndimage.find_objects(labels)
 
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, numpy {np.__version__}"
-          + (f", scipy {importlib.import_module('scipy').__version__}" if ndimage else "; scipy is not installed"))
-    print(f"areas and boxes of the 8-connected components of a {side}x{side} mask, milliseconds (times ours)")
+          f"{'' if ndimage else '; scipy is not installed'}\n"
+          f"areas and boxes of the 8-connected components of a {side}x{side} mask, milliseconds (times ours)")
     print(f"{'mask':12}  components    ours   plain flood fill   scipy.ndimage")
     for name, mask in bench_masks(side).items():
         ours, (_, _, area, _) = timed(lambda: find_components(find_runs(mask)))
-        flood, areas = timed(lambda: flood_fill(mask, 8), 1)
-        assert area.tolist() == areas
-        scipy_text = "-"
-        if ndimage:
-            scipys, (areas, _) = timed(theirs)
-            assert sorted(area) == sorted(areas)
-            scipy_text = f"{scipys:.1f} ({scipys / ours:.2f}x)"
-        print(f"{name:12}  {len(area):10}  {ours:6.1f}  {f'{flood:.0f} ({flood / ours:.0f}x)':>17}  {scipy_text:>14}")
+        others = [timed(lambda: (flood_fill(mask, 8), None), 1)] + ([timed(theirs)] if ndimage else [])
+        assert all(sorted(area) == sorted(areas) for _, (areas, _) in others)
+        print(f"{name:12}  {len(area):10}  {ours:6.1f}" + "".join(f"{f'{spent:.1f} ({spent / ours:.2f}x)':>19}" for spent, _ in others))
 
-    rules = [Rule("each below 900 px", ("a",), 900, "area_px", "component", 8, 10), Rule("fewer than 3", ("a",), 3, "count"),
-             Rule("each shorter than 40 px", ("b",), 40, "length_px", "component", 8, 10), Rule("no c", ("c",), 0)]
-    standard, spent = Standard("bench", "bench", None, None, "reject", tuple(rules)), Counter()
+    rules = (Rule("each below 900 px", ("a",), 900, "area_px", "component", 8, 10), Rule("fewer than 3", ("a",), 3, "count"),
+             Rule("each shorter than 40 px", ("b",), 40, "length_px", "component", 8, 10), Rule("no c", ("c",), 0))
+    standard, spots, spent = Standard("bench", "bench", None, None, "reject", rules), bench_masks(side)["8 defects"], Counter()
     with tempfile.TemporaryDirectory() as folder:
-        spots = bench_masks(side)["8 defects"]
         for i in range(20):
             turned = np.roll(spots, (37 * i, 101 * i), (0, 1))
             Image.fromarray((turned * (1 + np.arange(side) * 3 // side)).astype(np.uint8)).save(f"{folder}/{i}.png")
         for i in range(count):
-            start = time.perf_counter()
-            mask = read_mask(f"{folder}/{i % 20}.png")
-            between = time.perf_counter()
-            judge(mask, standard, ("background", "a", "b", "c"))
-            spent["reading"] += between - start
-            spent["judging"] += time.perf_counter() - between
+            reading, mask = timed(lambda: read_mask(f"{folder}/{i % 20}.png"), 1)
+            spent.update(reading=reading, judging=timed(lambda: judge(mask, standard, ("background", "a", "b", "c")), 1)[0])
     print(f"{count:,} masks of {side}x{side} with 8 defects, 4 rules on area, count and length of components: "
-          f"{spent['judging']:.1f} s to judge and {spent['reading']:.1f} s to read the PNGs")
+          f"{spent['judging'] / 1e3:.1f} s to judge and {spent['reading'] / 1e3:.1f} s to read the PNGs")
     return 0
 
 

@@ -17,7 +17,7 @@ import PIL
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from datasets import PALETTE, colour_index, read_json, run_main, write_atomically
+from datasets import PALETTE, read_json, run_main, write_atomically
 from inspect_rules import printable
 
 # what the page says of an experiment that was not run
@@ -37,25 +37,28 @@ def mean_spread(values):
     return spread([100 * v for v in values], 1)
 
 
+INKS = PALETTE[[1, 2, 3, 5, 6, 11, 8]]               # the colours of classes that can be read on white
+
+
 def plot(x, lines, size=(640, 360), labels=None):
-    """Lines {name: values at x, or points (x, value)} as a PIL picture with axes from the least to the most value; labels: of x."""
-    picture, font = Image.new("RGB", size, "white"), ImageFont.load_default(13)
-    right = size[0] - 20 - max(120, *(int(font.getlength(name)) for name in lines))
-    pen, (left, top, bottom) = ImageDraw.Draw(picture), (60, 20, size[1] - 40)
+    """Lines {name: values at x, or points (x, value)} as a PIL picture, axes from the least to the most value, names below; labels: of x."""
+    picture, font = Image.new("RGB", (size[0], size[1] + 22 * len(lines)), "white"), ImageFont.load_default(16)
+    pen, (left, top, right, bottom) = ImageDraw.Draw(picture), (70, 20, size[0] - 30, size[1] - 40)
     lines = {name: values if isinstance(values[0], tuple) else list(zip(x, values)) for name, values in lines.items()}
     low, high = (f(v for points in lines.values() for _, v in points) for f in (min, max))
     at = lambda a, v: (left + (right - left) * (a - x[0]) / ((x[-1] - x[0]) or 1), bottom - (bottom - top) * (v - low) / ((high - low) or 1))
     pen.rectangle((left, top, right, bottom), outline="gray")
     for value in (low, (low + high) / 2, high):
-        pen.text((left - 8, at(x[0], value)[1]), f"{value:.1f}", "gray", font, anchor="rm")
+        pen.text((left - 8, at(x[0], value)[1]), f"{value:.1f}", "dimgray", font, anchor="rm")
     for a, label in zip(x, labels or [f"{a:g}" for a in x]):
-        pen.text((at(a, low)[0], bottom + 8), label, "gray", font, anchor="ma")
-    for i, (name, points) in enumerate(lines.items(), 1):
-        colour = tuple(PALETTE[colour_index(i)].tolist())
+        pen.text((at(a, low)[0], bottom + 8), label, "dimgray", font, anchor="ma")
+    for i, (name, points) in enumerate(lines.items()):
+        colour, y = tuple(INKS[i % len(INKS)].tolist()), size[1] + 22 * i
         pen.line([at(*point) for point in points], colour, 3)
         for point in points:
-            pen.circle(at(*point), 3, colour)
-        pen.text((right + 10, top + 18 * i), name, colour, font)
+            pen.circle(at(*point), 4, colour)
+        pen.line((left, y, left + 24, y), colour, 4)
+        pen.text((left + 32, y), name, "black", font, anchor="lm")
     return picture
 
 
@@ -70,19 +73,19 @@ h2 { margin-top: 2.5rem; border-bottom: 2px solid var(--line) }
 .summary { background: var(--box); padding: .8rem 1rem; border-radius: .4rem }
 .summary p { margin: .3rem 0 }
 nav a { margin-right: 1rem; display: inline-block; padding: .2rem 0; color: inherit }
-.wide { overflow-x: auto; margin: 1.2rem 0 }
+.wide { overflow-x: auto; margin-bottom: 1.2rem }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; overflow-wrap: normal }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: right; vertical-align: top }
 td { white-space: nowrap }
 th { vertical-align: bottom; max-width: 10rem }
 th.text { text-align: left }
 td.text { text-align: left; white-space: normal; min-width: 6rem; max-width: 24rem }
-caption { text-align: left }
-caption { font-weight: 600 }
+h3 { font-size: 1rem; margin: 1.5rem 0 .3rem }
 img { max-width: 100%; height: auto; background: #fff }
 figure { margin: 1.2rem 0 }
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 1rem }
 .gallery figure { margin: 0 }
+figcaption .small { display: block }
 figcaption, .small { color: var(--soft); font-size: .9rem }
 @media print {
   :root { color-scheme: light; --ink: #000; --paper: #fff; --soft: #444; --box: #fff }
@@ -93,7 +96,7 @@ figcaption, .small { color: var(--soft); font-size: .9rem }
   table { font-size: 7.5pt }
   th, td, td.text { white-space: normal; min-width: 0; padding: .1rem .3rem }
   tr, figure { break-inside: avoid }
-  h2, caption { break-after: avoid }
+  h2, h3 { break-after: avoid }
   img { max-height: 20cm }
   .gallery { grid-template-columns: 1fr 1fr }
 }
@@ -109,7 +112,7 @@ def html_table(table):
     """{"caption", "head": cells, "rows": lists of cells}; columns of words stand left, of numbers right."""
     words = [any(str(row[c])[:1] not in "0123456789-–" for row in table["rows"]) for c in range(len(table["head"]))]
     line = lambda tag, row: "".join(f"<{tag}{' class=text' * word}>{text(cell)}</{tag.split()[0]}>" for cell, word in zip(row, words))
-    return (f"<div class=wide tabindex=0><table><caption>{text(table['caption'])}</caption><thead><tr>{line('th scope=col', table['head'])}</tr></thead><tbody>"
+    return (f"<h3>{text(table['caption'])}</h3><div class=wide tabindex=0><table><thead><tr>{line('th scope=col', table['head'])}</tr></thead><tbody>"
             + "".join(f"<tr>{line('td', row)}</tr>" for row in table["rows"]) + "</tbody></table></div>")
 
 

@@ -44,12 +44,6 @@ def area_standard(standard, limit):
     return Standard("original labels", standard.object, standard.native_size, None, "reject", (rule,))
 
 
-def judge_all(masks, dataset, standard, classes, fit):
-    """Findings of each mask: (N, h, w) predictions for the images of `dataset`, which were fitted to h x w by `fit`."""
-    sizes = [dataset.native_size(i) for i in range(len(dataset))]
-    return [judge(unfit(mask, size, fit), standard, classes, sample.name, size) for mask, size, sample in zip(masks, sizes, dataset.samples)]
-
-
 def resized(mask, size, fit):
     """An exact native mask (H, W) as a run of that size would have it, nearest pixels, without what `fit` adds."""
     return unfit(np.array(fit_picture(Image.fromarray(mask), size, fit, Image.NEAREST, 0)), mask.shape, fit)
@@ -75,27 +69,32 @@ def reasons(findings):
 class Line:
     """One product's images with the standard's verdicts on their exact masks, and what each way says of them.
 
-    truths: findings per image; floors {(h, w): rates of the exact masks resized to it}; rates {(way, seed, level): recall_fpr};
+    truths: findings per image; natives: their (H, W); floors {(h, w): rates of the exact masks resized to it}; rates {(way, seed, level): recall_fpr};
     findings {(way, seed): findings per image at level 0}; limits {seed: the best area}.
     """
 
     def __init__(self, name, dataset, standard, classes, fit="squash", sizes=()):
         self.name, self.dataset, self.standard, self.classes, self.fit = name, dataset, standard, classes, fit
         self.rates, self.findings, self.limits, self.truths = {}, {}, {}, []
-        small, self.natives = {size: [] for size in sizes}, Counter()
+        small, self.natives = {size: [] for size in sizes}, []
         for i, sample in enumerate(dataset.samples):                            # one native mask in memory at a time
             mask = dataset.read(i)[1].numpy()
-            self.natives[mask.shape] += 1
+            self.natives.append(mask.shape)
             self.truths.append(judge(mask, standard, classes, sample.name))
             for size, verdicts in small.items():
                 verdicts.append(verdict(judge(resized(mask, size, fit), standard, classes, sample.name, mask.shape)))
         self.truth = [verdict(found) for found in self.truths]
         self.floors = {size: recall_fpr(self.truth, verdicts) for size, verdicts in small.items()}
 
+    def judge(self, masks, standard, classes):
+        """Findings of a predicted mask for each image, (N, h, w) of the images as `fit` brought them to h x w."""
+        return [judge(unfit(mask, native, self.fit), standard, classes, sample.name, native)
+                for mask, native, sample in zip(masks, self.natives, self.dataset.samples)]
+
     def add(self, way, seed, found, standard, classes):
         """Judge predictions read as segment.odds (N, 2, h, w) at every level of confidence."""
         for level in LEVELS:
-            findings = judge_all(masks_at(found, level).numpy(), self.dataset, standard, classes, self.fit)
+            findings = self.judge(masks_at(found, level).numpy(), standard, classes)
             self.rates[way, seed, level] = recall_fpr(self.truth, map(verdict, findings))
             if level == 0:
                 self.findings[way, seed] = findings
@@ -198,7 +197,8 @@ def floor_table(lines, marked=()):
     """What resolution alone costs: no segmenter of that size can do better, except by chance. marked: {line name: (h, w) of its run}."""
     rows = []
     for line in lines:
-        native = " and ".join(f"{h}x{w}" for h, w in list(line.natives)[:3]) + (" and others" if len(line.natives) > 3 else "")
+        natives = list(dict.fromkeys(line.natives))
+        native = " and ".join(f"{h}x{w}" for h, w in natives[:3]) + (" and others" if len(natives) > 3 else "")
         for size, rates in [*sorted(line.floors.items()), ("native", recall_fpr(line.truth, line.truth))]:
             name = f"native, {native}" if size == "native" else "x".join(map(str, size)) + (" (the run's)" if size == dict(marked).get(line.name) else "")
             rows.append([line.name, name, len(line.truth), rates["fn"] + rates["fp"], rates["fn"], rates["fp"], percent(rates["recall"]), percent(rates["fpr"])])
@@ -232,9 +232,8 @@ def reason_text(findings):
     return f"{verdict(findings)}: {'; '.join(said) or 'no defect'}{more}"
 
 
-def photo_of(dataset, i, side=256):
-    """Image i as RGB, its longer side at most `side` px."""
-    native = dataset.native_size(i)
+def photo_of(dataset, i, native, side=172):
+    """Image i, `native` (H, W) in size, as RGB with its longer side at most `side` px."""
     image = dataset.read(i, tuple(max(1, round(n * min(1, side / max(native)))) for n in native), "squash")[0].numpy()
     return Image.fromarray(np.ascontiguousarray(np.broadcast_to(image, (3, *image.shape[1:])).transpose(1, 2, 0)))
 
@@ -247,7 +246,7 @@ def gallery(line, way, seed, found, most=2):
         those = [i for i, predicted in enumerate(findings) if (line.truth[i], verdict(predicted)) == (truth, said)]
         those = sorted(those, key=lambda i: not (line.truths[i] or findings[i]))[:most]          # those with a defect tell more
         for n, i in enumerate(those, 1):
-            size, photo = line.dataset.native_size(i), photo_of(line.dataset, i)
+            size, photo = line.natives[i], photo_of(line.dataset, i, line.natives[i])
             for side, mask, found_there in (("exact", line.dataset.read(i)[1].numpy(), line.truths[i]),
                                             ("predicted", unfit(masks[i], size, line.fit), findings[i])):
                 picture = draw_overlay(mask, examine(mask, line.standard, line.classes, line.dataset.samples[i].name, size), photo)

@@ -92,8 +92,8 @@ def test_the_page_is_written_again_from_what_lies_there(tmp_path, monkeypatch, c
 
 def test_a_plot_takes_values_at_x_points_and_labels():
     picture = report.plot([0, 1, 2], {"values": [1, 2, 3], "points": [(0, 1), (2, 3)], "a single value": [2, 2, 2]}, labels=["low", "", "high"])
-    assert picture.size == (640, 360) and len(picture.getcolors(10**5)) > 3
-    assert report.plot([5], {"one": [1.0]}).size == (640, 360)
+    assert picture.size == (640, 360 + 3 * 22) and len(picture.getcolors(10**5)) > 3
+    assert report.plot([5], {"one": [1.0]}).size == (640, 382)
 
 
 def test_spread_is_the_sample_standard_deviation():
