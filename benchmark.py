@@ -356,7 +356,7 @@ def speed(args):
     for part in args.part or PARTS:
         table, measured = PARTS[part](args, device)
         print_table(table)
-        numbers[part] = {"machine": machine(device), "measured": measured}
+        numbers[part] = {"machine": machine(device), "measured": measured, "table": table}
         write_json(path, numbers)                                               # at once: a part that fails costs no other
     print(f"{machine(device)}\nnumbers: {path}")
 

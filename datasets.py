@@ -667,11 +667,11 @@ def _visa(root, found):
 def _magnetic_tile(root, found):
     """Photos are .jpg, their masks .png of the same stem beside them."""
     kinds = [p.name for p in _folders_in(root) if p.name.startswith("MT_")]
-    found.classes = ["background", *(kind[3:] for kind in kinds if kind not in NO_DEFECT)]
+    found.classes = ["background", *(kind[3:].lower() for kind in kinds if kind not in NO_DEFECT)]
     for kind in kinds:
         files = list(_files(root / kind / "Imgs").values())
         images, masks = ({p.stem: p for p in files if (p.suffix.lower() == ".png") == is_mask} for is_mask in (False, True))
-        found.pair(images, masks, kind, kind, found.classes.index(kind[3:]) if kind not in NO_DEFECT else 1)
+        found.pair(images, masks, kind, kind, found.classes.index(kind[3:].lower()) if kind not in NO_DEFECT else 1)
 
 
 def _aitex(root, found):

@@ -10,11 +10,10 @@ Results go to RUN/metrics.json, RUN/figures/ and RUN/report.html; experiments th
 segmenters' predictions stay in RUN/cells, so that an interrupted table goes on where it stopped.
 """
 import argparse
-import base64
 import hashlib
-import html
 import json
 import math
+import re
 import statistics
 import sys
 import time
@@ -23,17 +22,20 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 import benchmark
+import segment
 from benchmark import machine
-from datasets import (PALETTE, data_options, describe, has_bf16, open_dataset, overlay, pick_device, print_table, read_json, run_main, sheet, unfit,
+from datasets import (data_options, describe, has_bf16, open_dataset, overlay, pick_device, print_table, read_json, run_main, sheet, unfit,
                       write_atomically, write_image, write_json)
 from defect_gen import STAGES, DefectGen, open_training, steps_of, strip
-from inspect_rules import STANDARDS, judge, load_standard, recall_fpr, verdict
+from inspect_rules import STANDARDS, load_standard, printable, recall_fpr, verdict
 from metrics import (COPY_BELOW, Features, copy_share, coverage_density, defect_crops, distances, intra_cluster_diversity, kid, light, mask_fit,
                      mask_statistics, novelty, shape_distance, sliced_wasserstein, variants)
-from segment import ARCHS, build, check_arch, confusion_matrix, fit, load_backbone, miou, mix, predict
+from report import mean_spread, plot, spread, versions, write_report
+from segment import ARCHS, build, check_arch, confusion_matrix, fit, load_backbone, masks_at, miou, mix, predict
+from simulation import (BINARY, LEVELS, SIDES, Line, area_standard, best_limit, confidence, curve_table, floor_table, gallery, interval, percent,
+                        pooled, rule_table, seed_table, verdict_table, working_points)
 
 
 class Setting:
@@ -93,6 +95,11 @@ class Setting:
         options["skip_bad"] = options["skip_bad"] or self.args.skip_bad
         return open_dataset(self.data, self.size, split, annotation=annotation, original=original, **options)
 
+    def split_rows(self, label):
+        """(data, kind, training images, scoring images) of each kind."""
+        parts = [Counter(sample.kind for sample in part.samples) for part in (self.train, self.test)]
+        return [[label, kind, *(part[kind] for part in parts)] for kind in sorted({*parts[0], *parts[1]})]
+
     def figure(self, name, picture, caption):
         """Write a picture beside the report and return the record that the report shows it by."""
         write_image(self.out / "figures" / name, picture)
@@ -101,12 +108,11 @@ class Setting:
     def pictures(self, predictions, indices):
         """Rows of a sheet: image, truth and each prediction for some of the scoring images."""
         images, target = self.scored
-        return [(self.test.samples[i].kind, [images[i]] + [overlay(images[i], masks[i]) for masks in (target, *predictions)]) for i in indices]
+        return [(printable(self.test.samples[i].kind), [images[i]] + [overlay(images[i], masks[i]) for masks in (target, *predictions)]) for i in indices]
 
 
-def spread(values, digits):
-    """'0.97 ± 0.02': mean and sample standard deviation, the mean alone of a single value."""
-    return " ± ".join(f"{f(values):.{digits}f}" for f in (statistics.mean, statistics.stdev)[:len(values)])
+def counted(n, word):
+    return f"{n} {word}{'s' * (n != 1)}"
 
 
 # --- generation ---
@@ -213,8 +219,11 @@ def generation(settings, progress):
     if any(step != newest for step, _ in drawn):
         tables.insert(1, {"caption": "Distances over training", "head": ["steps", "set", *MEASURES],
                           "rows": [[step, name_of(s), *row] for (step, s), row in cells.items() if s in (0, used, 1000)]})
+    judged = dict(zip(MEASURES, cells[newest, used]))
     return {
         "title": "Generation",
+        "summary": f"Generation: {judged['copies %']} % of {count} generated pictures count as copies of training images, their novelty is {judged['novelty']} "
+                   f"(held-out photos: 1), and their masks fit the pictures to {judged['mask fit %']} %.",
         "text": [f"{count} generated pairs, {len(train[0])} training images ({len(training[0])} with the variants of --augment) and {len(reference[0])} held-out images "
                  f"as reference, {len(others[0])} more in the first row; all with defects. Mean ± standard deviation over {groups} parts of each set.",
                  f"Patch distance: sliced Wasserstein, 0 best. KID, coverage, density (1 best) and diversity in features of {features.name}. Novelty: distance to "
@@ -262,11 +271,6 @@ def generation_figures(setting, sets, used, train, test, training):
 
 # --- segmentation ---
 
-def mean_spread(values):
-    """'51.2 ± 0.8': mean of fractions in percent, and their sample standard deviation over seeds."""
-    return spread([100 * v for v in values], 1)
-
-
 def digest(*values):
     """A short name for settings and tensors: the same ones, the same name."""
     hashed = hashlib.sha256()
@@ -275,14 +279,18 @@ def digest(*values):
     return hashed.hexdigest()[:16]
 
 
-def train_and_predict(setting, arch, pairs, num_classes, seed, steps, images):
-    """Masks that a segmenter trained on pairs = (images, masks) predicts for `images`.
+INSPECTOR = "deeplabv3+"        # the inspection's network
+
+
+def train_and_predict(setting, arch, pairs, num_classes, seed, steps, images, odds=False):
+    """Masks that a segmenter trained on pairs = (images, masks) predicts for `images`; of the INSPECTOR, if asked, the `odds` of segment.py.
 
     A finished cell of the tables is kept in RUN/cells and not computed again while everything that made it is the same.
     """
     args = setting.args
     made_by = dict(arch=arch, num_classes=num_classes, seed=seed, steps=steps, weights=args.backbone_weights, bf16=setting.bf16)
-    path = setting.run / "cells" / f"{arch.replace(':', '_')}_{digest(made_by, *pairs, images)}.pt"
+    file = f"{arch.replace(':', '_')}_{digest(made_by, *pairs, images)}.pt"
+    path = setting.run / "cells" / (f"odds_{file}" if odds else file)
     if path.exists():
         try:
             return torch.load(path, weights_only=True)["masks"]
@@ -292,9 +300,10 @@ def train_and_predict(setting, arch, pairs, num_classes, seed, steps, images):
     if args.backbone_weights:
         load_backbone(net, args.backbone_weights)
     fit(net.to(setting.device), *pairs, steps, seed=seed, bf16=setting.bf16)
-    masks = predict(net, images, bf16=setting.bf16)
-    write_atomically(path, lambda p: torch.save({"made_by": made_by, "masks": masks}, p))
-    return masks
+    masks = predict(net, images, bf16=setting.bf16, read=segment.odds if arch == INSPECTOR else segment.likeliest)
+    for name, kept in ((f"odds_{file}", masks), (file, masks_at(masks))) if arch == INSPECTOR else ((file, masks),):
+        write_atomically(setting.run / "cells" / name, lambda p: torch.save({"made_by": made_by, "masks": kept}, p))
+    return masks if odds or arch != INSPECTOR else masks_at(masks)
 
 
 def object_scores(setting, pools, progress):
@@ -309,6 +318,22 @@ def object_scores(setting, pools, progress):
                 scores[arch, pool].append(score)
                 progress(f"{setting.test.name}, {arch}, {pool}, seed {seed}: mIoU {100 * score['miou']:.1f} %")
     return scores, shown
+
+
+def names_of(settings):
+    """A name for each run that no other has: its data's, else its folder's."""
+    names = []
+    for setting in settings:
+        names.append(next(n for n in (setting.test.name, setting.run.name, f"{setting.run.name} {len(names) + 1}") if n not in names))
+    return names
+
+
+def file_words(names):
+    """A short word for file names for each of several names, all different; names of folders may be long and hold anything."""
+    words = []
+    for word in (re.sub(r"\W+", "_", name)[:40] for name in names):
+        words.append(word if word not in words else f"{word}_{len(words) + 1}")
+    return words
 
 
 def comparison(named_scores, archs, measure):
@@ -330,11 +355,10 @@ def comparison(named_scores, archs, measure):
 def segmentation(settings, progress):
     """mIoU on real images, trained on real images alone and on real + generated ones, at the same number of optimiser steps."""
     args, named_scores, texts, tables, figures = settings[0].args, {}, [], [], []
-    for setting in settings:
+    for setting, name, file in zip(settings, names := names_of(settings), file_words(names)):
         count = min(1, len(setting.drawn[0]) / len(setting.real[0]))                # 1:1, near the best ratio in the paper's ablation
         pools = {"real": setting.real, "real + generated": mix(setting.real, setting.drawn, count)}
         scores, shown = object_scores(setting, pools, progress)
-        name = setting.run.name if setting.test.name in named_scores else setting.test.name
         named_scores[name] = scores
 
         absent = [setting.classes[k] for k in next(iter(scores.values()))[0]["absent"]]
@@ -348,7 +372,6 @@ def segmentation(settings, progress):
         defects, titles = setting.test.defective(), ["image", "truth"] + [a + (" +" if p != "real" else "") for a, p in shown]
         wrong = sum((masks != setting.scored[1]).flatten(1).sum(1) for masks in shown.values())
         worst = sorted(range(len(wrong)), key=lambda i: -wrong[i])[:6]
-        file = name.replace(":", "_")
         for word, indices in (("evenly chosen", defects[::max(1, len(defects) // 6)][:6]), ("with the most wrong pixels", worst)):
             picture = sheet(setting.pictures(shown.values(), indices), titles, setting.classes)
             figures.append(setting.figure(f"segmentation_{file}_{word.split()[0]}.png", picture,
@@ -359,8 +382,12 @@ def segmentation(settings, progress):
             figures.append(figure)
     captions = {"miou": "mIoU over the defect classes in %", "miou_with_background": "mIoU with background in %", "pixel_accuracy": "Pixel accuracy in %"}
     tables = [{"caption": caption, **comparison(named_scores, args.arch, measure)} for measure, caption in captions.items()] + tables
+    gains = {arch: [statistics.mean(with_["miou"] - without["miou"] for with_, without in zip(scores[arch, "real + generated"], scores[arch, "real"]))
+                    for scores in named_scores.values()] for arch in args.arch}
     return {
         "title": "Segmentation",
+        "summary": f"Segmentation of {', '.join(named_scores)}, {counted(args.seeds, 'seed')}: generated pairs change the mIoU by "
+                   + ", ".join(f"{100 * statistics.mean(gain):+.1f} points ({arch})" for arch, gain in gains.items()) + ".",
         "text": [*texts, f"{args.steps} optimiser steps of 8 images with and without generated pairs, the last weights are scored; backbone weights: "
                  f"{args.backbone_weights or 'none'}. Mean ± standard deviation over {args.seeds} seeds; the difference is paired by seed. "
                  "One confusion matrix over all scoring images."],
@@ -379,108 +406,133 @@ def ratio_sweep(setting, name, file, progress):
             setting.figure(f"ratios_{file}.png", plot((0, *setting.args.ratios), lines), caption))
 
 
-def plot(x, lines, size=(640, 360)):
-    """Lines {name: values at x} as a PIL picture with axes from the least to the most value."""
-    picture, font = Image.new("RGB", size, "white"), ImageFont.load_default(13)
-    pen, (left, top, right, bottom) = ImageDraw.Draw(picture), (60, 20, size[0] - 140, size[1] - 40)
-    low, high = (f(v for values in lines.values() for v in values) for f in (min, max))
-    at = lambda a, v: (left + (right - left) * (a - x[0]) / ((x[-1] - x[0]) or 1), bottom - (bottom - top) * (v - low) / ((high - low) or 1))
-    pen.rectangle((left, top, right, bottom), outline="gray")
-    for value in (low, (low + high) / 2, high):
-        pen.text((left - 8, at(x[0], value)[1]), f"{value:.1f}", "gray", font, anchor="rm")
-    for a in x:
-        pen.text((at(a, low)[0], bottom + 8), f"{a:g}", "gray", font, anchor="ma")
-    for i, (name, values) in enumerate(lines.items(), 1):
-        colour = tuple(PALETTE[i].tolist())
-        pen.line([at(a, v) for a, v in zip(x, values)], colour, 3)
-        pen.text((right + 10, top + 18 * i), name, colour, font)
-    return picture
-
-
 # --- inspection ---
 
+def standard_of(setting, given):
+    """The standard to judge by: the given one, else that of the object if its classes are there, else None."""
+    name = given or setting.test.name.split(":")[-1]
+    if not given and not (name in STANDARDS and {c for rule in STANDARDS[name]["rules"] for c in rule["classes"]} <= set(setting.classes)):
+        return None
+    return load_standard(name, setting.classes)
+
+
+def same_images(dataset, others):
+    """The part of dataset that has the images of others, in their order; None if one is missing."""
+    place = {sample.name: i for i, sample in enumerate(dataset.samples)}
+    return dataset.subset([place[s.name] for s in others.samples]) if all(s.name in place for s in others.samples) else None
+
+
+def inspect_line(setting, name, standard, progress):
+    """The simulated line of one run's product: (Line with every way judged, sentences on its readings, pictures of the gallery)."""
+    args, drawn = setting.args, str(setting.data).startswith("drawn:")
+    line = Line(name, setting.test, standard, setting.classes, setting.fit, sorted({*((side, side) for side in SIDES), setting.size}))
+    progress(f"{name}: truth from masks at native size: {line.truth.count('reject')} of {len(line.truth)} are to be rejected")
+    learned = Line(name, setting.train, standard, setting.classes, setting.fit)     # of the training images: to choose the limit on
+
+    old, merged = drawn or args.original, lambda masks: (masks > 0).to(torch.uint8)
+    coarse = setting.open(setting.config["split"], "original").tensors() if old else (setting.real[0], merged(setting.real[1]))
+    ratio = min(1, len(setting.drawn[0]) / len(setting.real[0]))
+    pools = {"original": (coarse, 2), "spectrum": (setting.real, len(setting.classes)),
+             "spectrum + generated": (mix(setting.real, setting.drawn, ratio), len(setting.classes))}
+    train = partial(train_and_predict, setting, INSPECTOR, steps=args.steps, odds=True)
+    for labels, (pairs, num_classes) in pools.items():
+        for seed in range(args.seeds):
+            if labels == "original":
+                found = train(pairs, num_classes, seed, images=torch.cat([setting.real[0], setting.scored[0]]))
+                of_training, found = found[:len(setting.real[0])], found[len(setting.real[0]):]
+                any_defect = area_standard(standard, 0)
+                findings = learned.judge(masks_at(of_training).numpy(), any_defect, BINARY)
+                line.limits[seed] = best_limit([sum(f.area_px for f in those) for those in findings], learned.truth)
+                line.add("original: any defect", seed, found, any_defect, BINARY)
+                line.add("original: best area", seed, found, area_standard(standard, line.limits[seed]), BINARY)
+            else:                                                   # the same cells as the segmentation's
+                found = train(pairs, num_classes, seed, images=setting.scored[0])
+                line.add(f"{labels}: standard", seed, found, standard, setting.classes)
+                if (labels, seed) == ("spectrum", 0):
+                    pictures = gallery(line, "spectrum: standard", 0, found)
+            progress(f"{name}, {labels} labels, seed {seed}")
+
+    perfect = same_images(setting.open(args.split, "original"), setting.test) if old else None
+    perfect = perfect.tensors()[1] if perfect else merged(setting.scored[1])
+    rates = recall_fpr(line.truth, map(verdict, line.judge(perfect.numpy(), area_standard(standard, 0), BINARY)))
+    h, w = unfit(perfect[0].numpy(), line.natives[0], setting.fit).shape
+    native = math.prod(standard.native_size or line.natives[0])
+    odd = [f"{a}x{b}" for a, b in dict.fromkeys(line.natives) if standard.native_size and (a, b) != standard.native_size]
+    texts = [
+        f"{name}: standard {standard.name}: {'; '.join(rule.name for rule in standard.rules)}; any other defect: {standard.unnamed}. "
+        f"Truth: exact masks at native size; {line.truth.count('reject')} of {len(line.truth)} scoring images are to be rejected, and "
+        f"{learned.truth.count('reject')} of the {len(learned.truth)} training images"
+        + (f". Photos of {', '.join(odd[:3])} are scaled to the standard's {'x'.join(map(str, standard.native_size))}." if odd else "."),
+        f"{name}, original labels: one binary mask per image, "
+        + ("coarse, the most conspicuous defect only" if drawn else f"those of {args.original}" if old else "all classes merged")
+        + f". Their masks themselves at {'x'.join(map(str, setting.size))}, as a perfect segmenter would predict them, any defect rejecting: recall "
+          f"{percent(rates['recall'])} %, false alarms {percent(rates['fpr'])} %. The best areas: "
+        + ", ".join(f"{limit:.0f}" for limit in line.limits.values()) + f" px (seeds 0 to {args.seeds - 1}).",
+        f"{name}: predictions are {h}x{w}: one of their pixels counts {native / (h * w):.0f} native ones; smaller limits cannot be met."
+        + {"squash": "", "pad": " Their padding was cut off.",
+           "crop": " What lies outside the crop was not seen and counts as no defect."}[setting.fit]]
+    return line, texts, pictures
+
+
+INSPECTION_TEXT = [
+    "Four ways through the line. Original labels: any predicted defect rejects, or an area of a limit or more, in native px; the limit is the one with the largest "
+    "recall - false positive rate (Youden) of the segmenter's predictions on its own training images, of equals the smallest, for each product and seed. Spectrum labels: the "
+    "standard decides. Spectrum + generated: the same, with up to one generated pair for each real one, and as many optimiser steps.",
+    "Recall: rejected among those to be rejected; false alarms: rejected among the others. ± is the standard deviation over seeds; intervals are exact binomial ones "
+    "(Clopper-Pearson) of the counts of all seeds. They take verdicts as independent; but each image comes back with each seed, so they are too narrow for new products.",
+    "Confidence: p / (p + background) of a pixel's likeliest defect class; at 50 % the masks are the segmenter's own, which all other tables use. The best area stays as chosen there.",
+    "Gallery: segmenters of the spectrum labels, seed 0; each product with its exact and then its predicted mask, outlined in red where a rule rejects and in green where not."]
+
+
 def inspection(settings, progress):
-    """Recall and false positive rate of verdicts: segmenters trained on the original and on the spectrum annotation."""
-    setting, = settings
-    name = setting.args.standard or setting.test.name.split(":")[-1]
-    if not setting.args.standard and not (name in STANDARDS and {c for rule in STANDARDS[name]["rules"] for c in rule["classes"]}
-                                          <= set(setting.classes)):
-        return {"title": "Inspection", "tables": [], "figures": [], "numbers": {},
-                "text": [f"Not run: there is no standard for {name} with these classes. Write one (README, 'Verdicts') and pass --standard FILE."]}
-    standard = load_standard(name, setting.classes)
-    names = [s.name for s in setting.test.samples]
-    truth = [verdict(judge(setting.test.read(i)[1].numpy(), standard, setting.classes, image)) for i, image in enumerate(names)]
-    progress(f"truth from masks at native size: {truth.count('reject')} of {len(truth)} are to be rejected")
-
-    exact = setting.real
-    drawn = str(setting.data).startswith("drawn:")
-    old = drawn or setting.args.original
-    coarse = setting.open(setting.config["split"], "original").tensors() if old else (exact[0], (exact[1] > 0).to(torch.uint8))
-    ways = {"original": (coarse, 2, lambda mask, image: "reject" if mask.any() else "accept"),
-            "spectrum": (exact, len(setting.classes), lambda mask, image: verdict(judge(mask, standard, setting.classes, image)))}
-    rows, numbers = [], {}
-    for way, (pairs, num_classes, decide) in ways.items():
-        results = numbers[way] = []
-        for seed in range(setting.args.seeds):
-            pred = train_and_predict(setting, "deeplabv3+", pairs, num_classes, seed, setting.args.steps, setting.scored[0])
-            pred = [unfit(mask, setting.test.native_size(i), setting.fit) for i, mask in enumerate(pred)]
-            results.append(recall_fpr(truth, [decide(mask, image) for mask, image in zip(pred, names)]))
-            progress(f"{way} annotation, seed {seed}")
-        rates = [[result[rate] for result in results] for rate in ("recall", "fpr")]
-        rows.append([way] + ["–" if None in values else mean_spread(values) for values in rates]
-                    + [" / ".join(str(result[key]) for result in results) for key in ("tp", "fn", "fp", "tn")])
-    native, (h, w) = math.prod(standard.native_size), pred[0].shape
+    """Recall and false positive rate of verdicts: segmenters of the original, the spectrum and the spectrum + generated labels."""
+    args, lines, texts, pictures, not_run = settings[0].args, [], [], [], []
+    for setting, name, file, given in zip(settings, names := names_of(settings), file_words(names), args.standard):
+        standard = standard_of(setting, given)
+        if standard is None:
+            not_run.append(f"Not run: there is no standard for {name} with these classes. Write one (README, 'Verdicts') and pass --standard FILE.")
+            continue
+        line, text, gallery_pictures = inspect_line(setting, name, standard, progress)
+        lines.append(line)
+        texts += text
+        pictures += [{**setting.figure(f"verdict_{file}_{end}", picture, caption), "gallery": True} for end, picture, caption in gallery_pictures]
+        if not (args.original or str(setting.data).startswith("drawn:")):
+            not_run.append(f"Inspection, {name}: the data set's older binary masks (--original); all classes merged stand in for them.")
+    if not lines:
+        return {"title": "Inspection", "text": not_run, "tables": [], "figures": [], "numbers": {}, "not_run": [f"Inspection: {t}" for t in not_run]}
+    points, marked = working_points(lines), {line.name: setting.size for line in lines for setting in settings if setting.test is line.dataset}
+    together = {way: pooled([rates for line in lines for rates in line.per_seed(way)]) for way in lines[0].ways}
     return {
-        "title": "Inspection",
-        "text": [f"Standard: {'; '.join(rule.name for rule in standard.rules)}; any other defect: {standard.unnamed}. "
-                 f"Truth: exact masks at native size; {truth.count('reject')} of {len(truth)} scoring images are to be rejected.",
-                 "Original annotation: one binary mask per image, "
-                 + ("coarse, the most conspicuous defect only" if drawn else f"those of {setting.args.original}" if old else "all classes merged")
-                 + "; any predicted defect rejects. Spectrum annotation: the standard decides.",
-                 f"Predictions are {h}x{w}: one of their pixels counts {native / (h * w):.0f} native ones; smaller limits cannot be met."
-                 + {"squash": "", "pad": " Their padding was cut off.",
-                    "crop": " What lies outside the crop was not seen and counts as no defect."}[setting.fit]],
-        "tables": [{"caption": f"Verdicts of DeepLabV3+, {setting.args.seeds} seeds", "rows": rows,
-                    "head": ["annotation", "recall %", "false positive rate %", "tp", "fn", "fp", "tn"]}],
-        "figures": [], "numbers": numbers}
+        "title": "Inspection", "summary": inspection_summary(lines, together, args.seeds), "not_run": not_run, "text": [*texts, *INSPECTION_TEXT],
+        "tables": [verdict_table(lines), floor_table(lines, marked), rule_table(lines), curve_table(points), seed_table(lines)],
+        "figures": inspection_curves(settings[0], points) + pictures,
+        "numbers": {"products": {line.name: {way: line.per_seed(way) for way in line.ways} for line in lines}, "pooled": together,
+                    "limits": {line.name: line.limits for line in lines},
+                    "floors": {line.name: {"x".join(map(str, size)): rates for size, rates in line.floors.items()} for line in lines},
+                    "curves": {way: [[c, rates["recall"], rates["fpr"]] for c, rates in curve] for way, curve in points.items()}}}
 
 
-# --- report ---
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
-table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto }
-th, td { border-bottom: 1px solid #8886; padding: .25rem .7rem; text-align: right; white-space: nowrap }
-th:first-child, td:first-child, caption { text-align: left }
-caption { font-weight: 600 }
-img { max-width: 100% }
-figure { margin: 1rem 0 }
-figcaption, .small { color: #888; font-size: .9em }
-@media (prefers-color-scheme: dark) { body { color: #ddd; background: #181818 } }
-"""
+def inspection_summary(lines, together, seeds):
+    """The finding in a sentence: what the labels change."""
+    said = {way: f"{percent(r['recall'])} % of what the standard rejects is rejected ({interval(r['intervals']['recall'])}), with "
+                 f"{percent(r['fpr'])} % false alarms ({interval(r['intervals']['fpr'])})" for way, r in together.items()}
+    return (f"Inspection of {', '.join(line.name for line in lines)}, {counted(seeds, 'seed')}: with the spectrum labels and the standard "
+            f"{said['spectrum: standard']}; with the original labels, where any defect rejects, {said['original: any defect']}.")
 
 
-def html_table(table):
-    cells = lambda tag, row: "".join(f"<{tag}>{html.escape(str(c))}</{tag}>" for c in row)
-    return (f"<table><caption>{html.escape(table['caption'])}</caption><tr>{cells('th', table['head'])}</tr>"
-            + "".join(f"<tr>{cells('td', row)}</tr>" for row in table["rows"]) + "</table>")
-
-
-def write_report(run, metrics):
-    """One self-contained page: settings, then text, tables and pictures of every experiment in metrics."""
-    title = f"Defect-Gen: {html.escape(run.name)}"
-    parts = ["<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>"
-             f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"]
-    for result in metrics.values():
-        settings = "; ".join(f"{k} {v}" for k, v in result["settings"].items())
-        parts.append(f"<h2>{html.escape(result['title'])}</h2>" + "".join(f"<p>{html.escape(t)}</p>" for t in result["text"]))
-        parts += [html_table(t) for t in result["tables"]]
-        for figure in result["figures"]:
-            data = base64.b64encode((run / "figures" / figure["file"]).read_bytes()).decode()
-            caption = html.escape(figure["caption"])
-            parts.append(f"<figure><img alt='{caption}' src='data:image/png;base64,{data}'><figcaption>{caption}</figcaption></figure>")
-        parts.append(f"<p class=small>{html.escape(settings)}</p>")
-    write_atomically(run / "report.html", lambda p: p.write_text("".join(parts), encoding="utf-8"))
+def inspection_curves(setting, points):
+    """Recall against false alarms, and both against the confidence that a pixel needs; none where a rate is undefined."""
+    if any(None in (rates["recall"], rates["fpr"]) for curve in points.values() for _, rates in curve):
+        return []
+    against = {way: [(100 * rates["fpr"], 100 * rates["recall"]) for _, rates in curve] for way, curve in points.items()}
+    right = max(1, *(x for curve in against.values() for x, _ in curve))
+    lines = {f"{way.split(':')[0]}, {word}": [100 * rates[rate] for _, rates in points[way]]
+             for way in points if way.startswith("spectrum") for word, rate in (("recall", "recall"), ("alarms", "fpr"))}
+    labels = [f"{confidence(level):.3g}" if level % 2 == 0 else "" for level in LEVELS]
+    return [setting.figure("working_points.png", plot([0, right / 2, right], against, labels=["0", f"{right / 2:.0f}", f"{right:.0f}"]),
+                           "Recall in % (upwards) against false alarms in % (to the right), a point for each confidence; all products and seeds"),
+            setting.figure("confidence.png", plot(LEVELS, lines, labels=labels),
+                           "Recall and false alarms in % (upwards) against the confidence in % that a pixel needs to be a defect (to the right)")]
 
 
 # --- command ---
@@ -494,7 +546,7 @@ def parse_args(argv=None):
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=f"{' | '.join(EXPERIMENTS)} (default: all). "
                         "speed --help explains another, which needs no run")
     parser.add_argument("--run", action="append", help="run folder with generated pairs in RUN/samples; given several times, the "
-                        "segmentation has columns for each and for their mean (default: runs/demo)")
+                        "segmentation and the inspection show each and all together (default: runs/demo)")
     parser.add_argument("--data", action="append", help="the data set, once for each --run (default: the one the run was trained on)")
     parser.add_argument("--out", help="where the report goes (default: the run folder; of several: their names joined by +)")
     parser.add_argument("--original", metavar="MVTEC_DIR", help="MVTec AD's folder: the inspection compares with its masks (data: DS-MVTec)")
@@ -506,7 +558,8 @@ def parse_args(argv=None):
                         "or all; deeplabv3+:resnet50 names a backbone (default: %(default)s)")
     parser.add_argument("--ratios", help="also compare these percentages of generated to real pairs, like 20,50,100,200,300")
     parser.add_argument("--backbone-weights", metavar="FILE", help="state dict for the backbone, or imagenet; see segment.py (default: none)")
-    parser.add_argument("--standard", help="JSON file or name of the standard for the inspection (default: that of the object)")
+    parser.add_argument("--standard", action="append", help="JSON file or name of the standard for the inspection, once for all or once for "
+                        "each --run (default: that of the object)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
     parser.add_argument("--quick", action="store_true", help="one seed, 2 steps, 8 scoring images: shows that everything runs; "
                         "writes to OUT/quick")
@@ -514,16 +567,20 @@ def parse_args(argv=None):
     args.run = args.run or ["runs/demo"]
     args.data = args.data or [None] * len(args.run)
     args.arch = list(ARCHS) if args.arch == "all" else args.arch.split(",")
-    args.experiments = args.experiments or (list(EXPERIMENTS) if len(args.run) == 1 else ["segmentation"])
+    args.experiments = args.experiments or [name for name in EXPERIMENTS if len(args.run) == 1 or name != "generation"]
     unknown = [name for name in args.experiments if name not in EXPERIMENTS]
     if unknown:
         raise ValueError(f"unknown experiment {', '.join(unknown)}; there are {', '.join(EXPERIMENTS)}, and speed, which stands alone")
     for arch in args.arch:
         check_arch(arch)
-    if len(args.run) > 1 and args.experiments != ["segmentation"]:
-        raise ValueError(f"only the segmentation takes several --run, not {', '.join(args.experiments)}")
+    if len(args.run) > 1 and "generation" in args.experiments:
+        raise ValueError("the generation takes one --run; only segmentation and inspection take several")
     if len(args.data) != len(args.run):
         raise ValueError(f"--data was given {len(args.data)} times and --run {len(args.run)} times; give one for each run, or none")
+    args.standard = args.standard or [None]
+    if len(args.standard) not in (1, len(args.run)):
+        raise ValueError(f"--standard was given {len(args.standard)} times and --run {len(args.run)} times; give one for each run, one for all, or none")
+    args.standard = args.standard * (len(args.run) if len(args.standard) == 1 else 1)
     try:
         args.ratios = [float(ratio) for ratio in args.ratios.split(",")] if args.ratios else []
     except ValueError:
@@ -552,14 +609,16 @@ def evaluate(args):
 
         result = EXPERIMENTS[name](settings, progress)
         result["text"] += [setting.splits for setting in settings]
+        result["split"] = [row for setting, label in zip(settings, names_of(settings)) for row in setting.split_rows(label)]
         result["settings"] = {
             "runs": ", ".join(args.run), "data": ", ".join(setting.data for setting in settings), "scoring split": args.split,
             "size": " and ".join("x".join(map(str, setting.size)) for setting in settings), "segmenter steps": args.steps,
             "seeds": f"0 to {args.seeds - 1}", "time": f"{time.perf_counter() - start:.0f} s",
-            "machine": machine(settings[0].device), **({"quick": "the numbers mean nothing"} if args.quick else {})}
+            "standard": ", ".join(dict.fromkeys(map(str, filter(None, args.standard)))) or "the object's", "versions": versions(),
+            "backbone weights": args.backbone_weights or "none", "machine": machine(settings[0].device), **({"quick": "the numbers mean nothing"} if args.quick else {})}
         metrics[name] = result
         write_json(path, metrics)
-        write_report(out, {key: metrics[key] for key in EXPERIMENTS if key in metrics})
+        write_report(out, metrics)
         for text in result["text"]:
             print(text)
         for table in result["tables"]:

@@ -743,15 +743,39 @@ def fit(net: Segmenter, images: torch.Tensor, masks: torch.Tensor, steps: int, b
     return {"losses": values, "time_s": time.perf_counter() - start}
 
 
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """(B, K, H, W) -> (B, H, W) class index."""
+    return logits.argmax(1)
+
+
+EVEN, PER_E = 128, 16
+
+
+def odds(logits: torch.Tensor) -> torch.Tensor:
+    """(B, K, H, W) -> (B, 2, H, W): the likeliest defect class, and its log-odds against the background as a byte.
+
+    The byte is 128 + 16 log(p_class / p_background), rounded down and cut to 0..255: EVEN and above are the pixels that argmax gives to a defect.
+    """
+    best, kind = logits[:, 1:].float().max(1)
+    level = (EVEN + PER_E * (best - logits[:, 0].float())).floor().clamp(0, 255)
+    level = torch.where(logits.argmax(1) > 0, level.clamp(min=EVEN), level.clamp(max=EVEN - 1))       # ties as argmax has them
+    return torch.stack([kind + 1, level.to(kind.dtype)], 1)
+
+
+def masks_at(found: torch.Tensor, log_odds: float = 0) -> torch.Tensor:
+    """Masks (N, H, W) from predictions read as `odds` (N, 2, H, W): a defect needs p_class / p_background >= e ** log_odds. 0: as argmax."""
+    return found[:, 0] * (found[:, 1] >= EVEN + PER_E * log_odds)
+
+
 @torch.inference_mode()
-def predict(net: Segmenter, images: torch.Tensor, batch_size: int = 16, bf16: bool = False) -> torch.Tensor:
-    """(N, 1 or 3, H, W) uint8 -> (N, H, W) uint8 class index, on the CPU. Puts the network into eval mode."""
+def predict(net: Segmenter, images: torch.Tensor, batch_size: int = 16, bf16: bool = False, read=likeliest) -> torch.Tensor:
+    """(N, 1 or 3, H, W) uint8 -> (N, H, W) uint8 class index, or what `read` makes of the logits, on the CPU. Puts the network into eval mode."""
     net.eval()
     device = next(net.parameters()).device
     masks = []
     for batch in images.split(batch_size):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            masks.append(net(to_input(batch.to(device))).argmax(1).to(torch.uint8).cpu())
+            masks.append(read(net(to_input(batch.to(device)))).to(torch.uint8).cpu())
     return torch.cat(masks)
 
 

@@ -224,7 +224,7 @@ def visa(root):
 
 
 def magnetic_tile(root):
-    built = Built(root, "magnetic-tile", ("background", "Blowhole", "Break"))
+    built = Built(root, "magnetic-tile", ("background", "blowhole", "break"))
     for k, kind in enumerate(("Blowhole", "Break", "Free"), 1):
         for n in range(7):
             name, mask = f"exp{n}_num_{100 + n}", blots(n, k) * (kind != "Free")

@@ -4,12 +4,13 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 import evaluate
 import sample
 import train
-from conftest import TINY, picture
-from layouts import ds_mvtec, save
+from conftest import ROOT, TINY, picture
+from layouts import ds_mvtec, magnetic_tile, save
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def test_all_three_with_a_standard_of_ones_own(sampled, tmp_path, capsys):
     assert "http" not in report                                     # self-contained
     for figure in ("nearest.png", "real.png", "segmentation_bolt_evenly.png", "segmentation_bolt_with.png"):
         assert picture(sampled / "quick/figures" / figure).std() > 0
-    table = metrics["inspection"]["numbers"]["spectrum"][0]
+    table = metrics["inspection"]["numbers"]["products"]["bolt"]["spectrum: standard"][0]
     assert sum(table[key] for key in ("tp", "fn", "fp", "tn")) == 9 and table["tp"] + table["fn"] == 3      # cracks are not allowed, dirt is small
     held_out = metrics["generation"]["numbers"]["masks"]["held out"]
     assert held_out["empty"] == 0 and held_out["classes"][1]["images"] == 0.5       # good products are left out of this table
@@ -94,8 +95,54 @@ def test_inspection_of_padded_images_with_original_masks(tmp_path):
     sample.draw_pairs(sample.parse_args(["--run", str(tmp_path / "run"), "--count", "2", "--num-steps", "2"]))
     metrics = go("inspection", "--run", tmp_path / "run", "--quick", "--standard", standard, "--original", tmp_path / "mvtec")
     text = " ".join(metrics["inspection"]["text"])
-    assert f"those of {tmp_path / 'mvtec'}" in text and "Predictions are 16x16: one of their pixels counts 4 native ones" in text
+    assert f"those of {tmp_path / 'mvtec'}" in text and "predictions are 16x16: one of their pixels counts 4 native ones" in text
     assert "padding was cut off" in text and "split train: the first 5 images of each kind train" in text
+
+
+def test_magnetic_tiles_as_downloaded_by_their_standard_in_each_photos_own_pixels(tmp_path):
+    folder = magnetic_tile(tmp_path / "magnetic_tile").path
+    for kind in ("Crack", "Fray", "Uneven"):
+        shutil.copytree(folder / "MT_Break", folder / f"MT_{kind}")
+    for photo in sorted((folder / "MT_Crack/Imgs").iterdir()):     # the cracks' photos are twice as high
+        with Image.open(photo) as image:
+            image.resize((image.width, 2 * image.height), Image.NEAREST).save(photo)
+    for stage in ("large", "small"):
+        train.train(train.parse_args(["--stage", stage, "--data", str(folder), "--out", str(tmp_path / "run"), *TINY]))
+    sample.draw_pairs(sample.parse_args(["--run", str(tmp_path / "run"), "--count", "2", "--num-steps", "2"]))
+    found = go("inspection", "--run", tmp_path / "run", "--quick", "--standard", ROOT / "docs/magnetic_tile.json")["inspection"]
+    assert "magnetic tile (example): no cracks; each blowhole below 120 px" in found["text"][0]
+    assert found["tables"][1]["rows"][-1][1] == "native, 32x32 and 64x32" and found["tables"][1]["rows"][-1][3] == 0
+    assert "older binary masks (--original); all classes merged stand in" in found["not_run"][0]
+
+
+def test_several_products_are_inspected_together_and_hostile_names_do_no_harm(data, tmp_path):
+    names, runs = ["bolt \"><b>ü'", "plain"], []
+    standard = {"object": "<i>", "native_size": [24, 32], "rules": [{"name": "<script>alert(1)</script>", "classes": ["crack"], "max_area_px": 0},
+                                                                    {"classes": ["dirt"], "max_area_px": 500}]}
+    (tmp_path / "a \"b\".json").write_text(json.dumps(standard))
+    for name in names:
+        copy = shutil.copytree(data, tmp_path / name)
+        for part in ("image", "mask"):
+            (copy / part / "crack").rename(copy / part / "<u>'\"\n猫")
+        runs += ["--run", str(tmp_path / f"run {name}")]
+        for stage in ("large", "small"):
+            train.train(train.parse_args(["--stage", stage, "--data", str(copy), "--out", runs[-1], *TINY]))
+        sample.draw_pairs(sample.parse_args(["--run", runs[-1], "--count", "12", "--num-steps", "2"]))
+    evaluate.evaluate(evaluate.parse_args([*runs, "--quick", "--arch", "segformer", "--standard", str(tmp_path / "a \"b\".json"), "--out", str(tmp_path / "out")]))
+    metrics = json.loads((tmp_path / "out/quick/metrics.json").read_text())
+    found = metrics["inspection"]["numbers"]
+    assert list(found["products"]) == names and list(metrics) == ["segmentation", "inspection"]
+    for way, together in found["pooled"].items():
+        parts = [found["products"][name][way][0] for name in names]
+        assert all(together[key] == sum(part[key] for part in parts) for key in ("tp", "fn", "fp", "tn"))
+        assert together["tp"] + together["fn"] == 6
+    page = (tmp_path / "out/quick/report.html").read_text()
+    assert not any(tag in page for tag in ("<script", "<b>", "<i>", "<u>")) and "&lt;script&gt;alert(1)" in page
+    for figure in metrics["inspection"]["figures"]:
+        assert picture(tmp_path / "out/quick/figures" / figure["file"]).std() > 0
+    curve = found["curves"]["spectrum: standard"]
+    middle = [point for point in curve if point[0] == 50][0]
+    assert middle[1:] == [found["pooled"]["spectrum: standard"][rate] for rate in ("recall", "fpr")]
 
 
 def test_training_images_are_never_scored(sampled):
@@ -107,7 +154,7 @@ def test_training_images_are_never_scored(sampled):
                                             (["--seeds", "0"], "at least 1"), (["speed", "segmentation"], "speed, which stands alone"), (["--arch", "unet"], "no architecture .unet."),
                                             (["--ratios", "half"], "--ratios half"), (["segmentation", "--ratios", "9000"], "generate more"),
                                             (["--data", "a", "--data", "b"], "--data was given 2 times and --run 1"),
-                                            (["generation", "--run", "other"], "only the segmentation takes several"), (["--data", "drawn:pill"], "was trained with background, crack"),
+                                            (["generation", "--run", "other"], "the generation takes one --run"), (["inspection", "--standard", "a", "--standard", "b"], "--standard was given 2 times"), (["--data", "drawn:pill"], "was trained with background, crack"),
                                             (["inspection", "--standard", "nowhere.json"], "no standard .*nowhere.json")])
 def test_bad_flags_are_one_sentence(sampled, flags, message):
     with pytest.raises(ValueError, match=message):
@@ -171,7 +218,7 @@ def test_several_runs_are_columns_with_their_mean(sampled, tmp_path):
     table = metrics["segmentation"]["tables"][0]
     assert table["head"][1::3] == ["bolt: real", "other: real", "mean of objects: real"]
     assert table["rows"][0][1] == table["rows"][0][4] == table["rows"][0][7]            # the same data twice
-    assert list(metrics) == ["segmentation"] and (tmp_path / "both/quick/report.html").exists()
+    assert list(metrics) == ["segmentation", "inspection"] and (tmp_path / "both/quick/report.html").exists()
 
 
 def test_comparison_is_paired_by_seed_and_averaged_over_objects():
@@ -190,12 +237,6 @@ def test_class_table_counts_pixels_and_images():
     assert table["rows"] == [["real", "crack", "7.50", "25", "1.0", "3", "0.25, 0.30"]]
 
 
-def test_spread_is_the_sample_standard_deviation():
-    assert evaluate.mean_spread([0.5, 0.6, 0.7]) == "60.0 ± 10.0" and evaluate.mean_spread([0.5]) == "50.0"
-
-
-def test_names_from_files_are_escaped_in_the_report(tmp_path):
-    table = {"caption": "<b>", "head": ["&"], "rows": [["<script>alert(1)</script>"]]}
-    evaluate.write_report(tmp_path, {"x": {"title": "<i>", "text": ["<u>"], "tables": [table], "figures": [], "settings": {"a": "<s>"}}})
-    page = (tmp_path / "report.html").read_text()
-    assert not any(tag in page for tag in ("<script>", "<b>", "<i>", "<u>", "<s>"))
+def test_words_for_file_names_are_short_and_differ():
+    words = evaluate.file_words(["drawn:pill", "drawn_pill", 200 * "x", 200 * "x" + "y", '"><b> ü猫'])
+    assert words[:2] == ["drawn_pill", "drawn_pill_2"] and len(set(words)) == 5 and max(map(len, words)) < 50 and words[4] == "_b_ü猫"

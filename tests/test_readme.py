@@ -14,10 +14,10 @@ from layouts import defect_spectrum
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()
             if line.startswith(("python ", "torchrun "))]
-ORDER = ["inspect_rules", "drawn", "datasets", "metrics", "unet", "diffusion", "defect_gen", "segment", "benchmark", "train", "sample", "evaluate"]
+ORDER = ["inspect_rules", "drawn", "datasets", "metrics", "unet", "diffusion", "defect_gen", "segment", "benchmark", "report", "simulation", "train", "sample", "evaluate"]
 # what a command is given at the end so that it takes seconds; the last of a repeated flag wins
 SHORT = {"train.py": "--preset tiny --size 16 16 --steps 2 --batch-size 2 --save-every 2", "sample.py": "--count 2 --num-steps 2",
-         "evaluate.py": "--quick", "segment.py": "--size 32 32 --steps 2 --batch-size 2", "benchmark.py": "--quick"}
+         "evaluate.py": "--quick", "simulation.py": "--count 2", "segment.py": "--size 32 32 --steps 2 --batch-size 2", "benchmark.py": "--quick"}
 
 
 @pytest.fixture(scope="module")
