@@ -15,6 +15,7 @@ import hashlib
 import html
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -29,7 +30,7 @@ import benchmark
 from benchmark import machine
 from datasets import (PALETTE, data_options, describe, has_bf16, open_dataset, overlay, pick_device, print_table, read_json, run_main, sheet, unfit,
                       write_atomically, write_image, write_json)
-from defect_gen import STAGES, DefectGen, open_training, steps_of, strip
+from defect_gen import STAGES, DefectGen, load_stage, open_training, steps_of, strip
 from inspect_rules import STANDARDS, judge, load_standard, recall_fpr, verdict
 from metrics import (COPY_BELOW, Features, copy_share, coverage_density, defect_crops, distances, intra_cluster_diversity, kid, light, mask_fit,
                      mask_statistics, novelty, shape_distance, sliced_wasserstein, variants)
@@ -54,7 +55,7 @@ class Setting:
         if not self.test.defective():
             raise ValueError(f"{self.data}: no image with a defect in --split {args.split}; nothing to score on. Keep some of the images out of "
                              f"training with a split.json (README, 'Your own data')")
-        files = [{s.name if s.image is None else s.image.resolve() for s in part.samples} for part in (self.train, self.test)]
+        files = [{s.name if s.image is None else os.path.realpath(s.image) for s in part.samples} for part in (self.train, self.test)]
         shared = {str(file) for file in files[0] & files[1]}
         if shared:
             raise ValueError(f"--split {args.split} shares {len(shared)} images with the training split {self.config['split']} "
@@ -137,9 +138,15 @@ def draw_sets(setting, used, count, progress):
     checkpoints that both stages have.
     """
     steps, sets = sorted(set.intersection(*(set(steps_of(setting.run / stage)) for stage in STAGES))), {}
-    newest = steps_of(setting.run / "large")[-1]
-    for step in [*(s for s in steps if s != newest), newest]:
-        generator = DefectGen.load(setting.run, setting.device, None if step == newest else step)
+    newest = load_stage(setting.run / "large", "large")["step"]     # the newest whole one
+    for step in [*(s for s in steps if s < newest), newest]:
+        try:
+            generator = DefectGen.load(setting.run, setting.device, None if step == newest else step)
+        except ValueError as error:
+            if step == newest:
+                raise
+            progress(f"left out: {error}")
+            continue
         for switch_t in sorted({used, *SWITCHES} if step == newest else {0, used, 1000}):
             if (step, switch_t) == (newest, used):
                 sets[step, switch_t] = [part[:count] for part in setting.drawn]
