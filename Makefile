@@ -1,8 +1,9 @@
-# make demo: train both stages on the drawn pill, draw pairs, evaluate them. make test: the tests. Each sets up .venv by itself.
+# make demo: train both stages on the drawn pill, draw pairs, evaluate them. make test: the tests; make test-faults: those that break
+# things on purpose, which make test runs too. Each sets up .venv by itself.
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: demo test
+.PHONY: demo test test-faults
 demo: .venv/ready
 	rm -rf runs/demo
 	$(RUN) train.py --stage large
@@ -12,6 +13,9 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(RUN) -m pytest -q
+
+test-faults: .venv/ready
+	$(RUN) -m pytest -q tests/test_faults.py
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

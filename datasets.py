@@ -13,14 +13,18 @@ drawn:wood need no files.
     python datasets.py --data Defect_Spectrum --object pill --bench
 """
 import argparse
+import contextlib
 import json
 import math
 import os
 import re
 import shlex
 import shutil
+import signal
+import socket
 import sys
 import time
+import warnings
 import xml.etree.ElementTree as ET
 import zipfile
 from collections import Counter, namedtuple
@@ -35,14 +39,22 @@ from torchvision.transforms import v2
 
 import inspect_rules
 from drawn import DRAWN, draw
-from inspect_rules import LABELS, read_classes, read_json
+from inspect_rules import LABELS, read_classes
+
+try:
+    import fcntl
+except ImportError:                 # Windows: there, nothing keeps a second process out of a run folder
+    fcntl = None
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 NO_DEFECT = {"good", "ok", "Normal", "MT_Free"}     # kinds that come without a mask file: all background
 ALL = "all"                         # the kind of images that are not sorted into folders: only their masks tell what they show
 FEW_SHOT = 5                        # images per kind for training where a data set has no split of its own (the authors' rule)
 MEMORY_LIMIT = 4 << 30              # bytes; data up to this size are decoded once and kept as uint8, workers load larger ones
+MAX_PIXELS = 1 << 27                # of one image or mask: 134 million, 400 MB as RGB
+MAX_JSON = 256 << 20                # bytes
 MAX_XML = 16 << 20                  # bytes of one unpacked part of an .xlsx (captions.xlsx has 0.4 MB)
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")     # told by their bytes, whatever the name says; Pillow's other readers stay closed
 FITS = ("squash", "pad", "crop")
 AUGMENTATIONS = ("flip", "turn", "crop")
 PALETTE = np.array([(0, 0, 0), (230, 25, 75), (60, 180, 75), (67, 99, 216), (255, 225, 25), (245, 130, 49), (145, 30, 180),
@@ -81,26 +93,66 @@ Sample = namedtuple("Sample", "name image mask kind label caption", defaults=(No
 
 
 # --- reading files ---
+#
+# What is wrong with a file is a ValueError that names the file and the reason, whoever reads it; nothing is left out silently.
+# Files that find no partner stop open_dataset, files that cannot be read stop tensors() and check(), which name them all at once.
+# --skip-bad leaves both out and lists them in notes, and the audit shows them as problems. Nothing that a file says makes us
+# read another file: names in split.json and COCO tables are looked up among the files found by listing the data folder.
+# Pictures with several frames count as their first one. Sizes are limited (MAX_PIXELS, MAX_JSON, MAX_XML), pipes are not opened.
+
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)                # of Pillow, below MAX_PIXELS
+
 
 def natural(text):
-    """Sort key that counts: 2 before 10, '472' before '1836'."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part.lower()) for part in re.split(r"(\d+)", str(text)) if part]
+    """Sort key that counts: 2 before 10, '472' before '1836'; names that differ in case only have an order, too."""
+    parts = [part for part in re.split(r"(\d+)", str(text)) if part]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part.lower()) for part in parts], str(text)
+
+
+def shown(name):
+    """A name for a message: quoted and escaped where it would break the line."""
+    return str(name) if str(name).isprintable() else repr(str(name))
+
+
+def check_file(path, most=math.inf):
+    """Raise ValueError for what is no plain file, for a pipe would be waited on for ever, and for one above `most` bytes."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{shown(path)}: is a folder, a pipe or a link to nothing, but a file is expected; replace or remove it")
+    if os.path.getsize(path) > most:
+        raise ValueError(f"{shown(path)}: has {os.path.getsize(path)} bytes, but at most {most:.0f} are read; make it smaller")
+
+
+def read_json(path):
+    """The values of a JSON file. Raises ValueError naming the file."""
+    check_file(path, MAX_JSON)
+    return inspect_rules.read_json(path)
+
+
+@contextlib.contextmanager
+def _opened(path):
+    """A PIL image whose header was read. Raises ValueError naming the file, also for what the caller finds wrong with its pixels."""
+    try:
+        if not os.path.isfile(path):
+            raise OSError("a folder, a pipe or a link to nothing")
+        with Image.open(path, formats=FORMATS) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise ValueError(f"{picture.height}x{picture.width} pixels, but at most {MAX_PIXELS} in all are read")
+            yield picture
+    except Exception as error:      # Pillow raises OSError, SyntaxError, struct.error, DecompressionBombError, ... by format
+        raise ValueError(f"{shown(path)}: cannot be read as an image ({error}); replace or remove the file") from None
 
 
 def _open(path):
     """A loaded PIL image, turned upright by its EXIF tag. Raises ValueError naming the file."""
-    try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture)
-    except Exception as error:      # Pillow raises OSError, SyntaxError, struct.error, DecompressionBombError, ... by format
-        raise ValueError(f"{path}: cannot be read as an image ({error}); replace or remove the file") from None
+    with _opened(path) as picture:
+        return ImageOps.exif_transpose(picture)
 
 
 def _picture(path, channels):
     """A PIL image of mode L or RGB; 16-bit is scaled by 65535, alpha is dropped, palettes are looked up."""
     picture = _open(path)
     if picture.mode.startswith("I") or picture.mode == "F":                     # 16-bit grey in Pillow's modes
-        wide = np.asarray(picture, np.float64)
+        wide = np.nan_to_num(np.asarray(picture, np.float64))
         picture = Image.fromarray((wide / (257 if wide.max() > 255 else 1)).clip(0, 255).round().astype(np.uint8))
     if picture.mode in ("P", "PA"):
         picture = picture.convert("RGBA")       # through RGBA: a palette with transparency warns otherwise
@@ -134,6 +186,9 @@ def read_mask(path, classes, label=None):
             raise ValueError(f"{path}: a binary mask is 0 and 255, this one is 0 to {values.max()}; are its values class indices? "
                              f"Then it needs another layout, see README, 'Your own data'")
         return ((values >= 128) * label).astype(np.uint8)
+    with _opened(path) as picture:
+        if picture.getexif().get(0x0112, 1) != 1:                   # its image is turned upright, and the mask would lie across it
+            raise ValueError("a mask with an EXIF rotation; save it upright")
     mask = inspect_rules.read_mask(path, classes)
     if mask.max(initial=0) >= len(classes) or mask.min(initial=0) < 0:
         raise ValueError(f"{path}: mask has the values {np.unique(mask)[:12].tolist()} but the class list has 0..{len(classes) - 1} "
@@ -146,7 +201,7 @@ def fill_polygon(mask, points, value):
     try:
         x, y = np.asarray(points, np.float64).reshape(-1, 2).T
         assert len(x) and np.isfinite(x).all() and np.isfinite(y).all()
-    except (ValueError, TypeError, AssertionError):                 # from JSON: anything
+    except (ValueError, TypeError, OverflowError, AssertionError):  # from JSON: anything
         raise ValueError(f"{str(points)[:60]} is not a polygon [x, y, x, y, ...] (run lengths are not read)") from None
     x_next, y_next = np.roll(x, -1), np.roll(y, -1)
     for row in range(max(0, math.floor(y.min())), min(len(mask), math.ceil(y.max()))):
@@ -162,9 +217,10 @@ def _files(folder):
     A second file of one stem is filed under its whole name, so that it comes out as a file without a partner.
     """
     files = {}
-    paths = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")] if folder.is_dir() else []
-    for path in sorted(paths, key=lambda p: natural(p.name)):
-        files[path.name if path.stem in files else path.stem] = path
+    names = [n for n in os.listdir(folder) if os.path.splitext(n)[1].lower() in IMAGE_SUFFIXES and n[0] != "."] if folder.is_dir() else []
+    for name in sorted(names, key=natural):
+        stem = os.path.splitext(name)[0]
+        files[name if stem in files else stem] = folder / name
     return files
 
 
@@ -180,8 +236,8 @@ def read_captions(path):
     """
     def part(book, name):
         data = book.open(name).read(MAX_XML + 1)
-        if len(data) > MAX_XML or b"<!DOCTYPE" in data or b"<!ENTITY" in data:
-            raise ValueError(f"{name} is above {MAX_XML >> 20} MiB or declares entities")
+        if len(data) > MAX_XML or b"<!DOCTYPE" in data or b"<!ENTITY" in data or b"\0" in data:         # NUL: UTF-16 would hide the words
+            raise ValueError(f"{name} is above {MAX_XML >> 20} MiB, declares entities or is not UTF-8")
         return ET.fromstring(data)
 
     def text(node):
@@ -189,6 +245,7 @@ def read_captions(path):
 
     space, captions = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}", {}
     try:
+        check_file(path)
         with zipfile.ZipFile(path) as book:
             shared = [text(node) for node in part(book, "xl/sharedStrings.xml").iter(space + "si")]
             rows = [{re.match("[A-Z]+", cell.get("r"))[0]: shared[int(cell.find(space + "v").text)]
@@ -219,6 +276,8 @@ def placed(native, size, fit):
 def fit_picture(picture, size, fit, resample, fill):
     """A PIL image resized into `size` (H, W): squashed, or with its shape kept and then padded with `fill` or cropped at the centre."""
     height, width, top, left = placed(picture.size[::-1], size, fit)
+    if height * width > MAX_PIXELS:                                 # crop: the short side of a very long image is enlarged to fill `size`
+        raise ValueError(f"{picture.height}x{picture.width} is too long to be cropped to {size[0]}x{size[1]}; use --fit pad or squash")
     if picture.size != (width, height):
         picture = picture.resize((width, height), resample)
     if (height, width) == tuple(size):
@@ -293,12 +352,9 @@ class DefectDataset:
 
     def native_size(self, i):
         """(H, W) of image i on disk, upright."""
-        try:
-            with Image.open(self.samples[i].image) as picture:
-                turned = picture.getexif().get(0x0112, 1) >= 5
-                return picture.size if turned else picture.size[::-1]
-        except Exception as error:
-            raise ValueError(f"{self.samples[i].image}: cannot be read as an image ({error})") from None
+        with _opened(self.samples[i].image) as picture:
+            turned = picture.getexif().get(0x0112, 1) >= 5
+            return picture.size if turned else picture.size[::-1]
 
     def caption(self, i):
         """One sentence on what image i shows; empty where the data set has none."""
@@ -346,7 +402,10 @@ class DefectDataset:
                              f"{mask.shape[0]}x{mask.shape[1]}; they must have the same size")
         if size is not None and tuple(size) != mask.shape:
             mean = tuple(np.array(picture.resize((1, 1), Image.BOX)).flatten().tolist()) if fit == "pad" else 0
-            picture = fit_picture(picture, size, fit, Image.BILINEAR, mean)
+            try:
+                picture = fit_picture(picture, size, fit, Image.BILINEAR, mean)
+            except ValueError as error:
+                raise ValueError(f"{shown(sample.image)}: {error}") from None
             mask = np.array(fit_picture(Image.fromarray(mask), size, fit, Image.NEAREST, 0))
         return torch.from_numpy(_array(picture)), torch.from_numpy(mask)
 
@@ -414,9 +473,9 @@ class DefectDataset:
 def _is_grey(path):
     """Whether a file is grey by its header. A file that cannot be opened does not decide; it is reported when it is read."""
     try:
-        with Image.open(path) as picture:
+        with _opened(path) as picture:
             return picture.mode in ("1", "L", "LA", "I", "F") or picture.mode.startswith("I;16")
-    except Exception:
+    except ValueError:
         return True
 
 
@@ -471,6 +530,8 @@ def open_dataset(spec, size=None, split=None, object=None, annotation="spectrum"
                          + ". Correct them, or leave them out with --skip-bad")
     dataset = dataset if split is None else dataset.part(split)
     dataset = dataset.readable() if skip_bad else dataset
+    if not len(dataset):
+        raise ValueError(f"--data {spec}: no image can be used, --skip-bad left all of them out: {listed(dataset.notes, 4)}")
     return dataset.subset(range(len(dataset)), size=size, fit=fit)
 
 
@@ -490,10 +551,16 @@ def find_dataset(spec, object=None, annotation="spectrum", original=None, layout
     LAYOUTS[layout].read(root, found)
     if not found.samples and not found.problems:
         raise ValueError(f"--data {root}: no images where layout {layout} has them: {LAYOUTS[layout].look}")
+    foreign = {s.name for s in found.samples if re.search("[\ud800-\udfff]", s.name)}        # from bytes that are no UTF-8: no report could hold them
+    found.problems += [("images whose names are not valid UTF-8", name) for name in sorted(foreign)]
+    found.samples = [s for s in found.samples if s.name not in foreign]
     if (root / "classes.json").exists():
+        check_file(root / "classes.json", MAX_JSON)
         found.classes = read_classes(root / "classes.json")
     elif found.classes is None:
         found.classes = CLASS_TABLES.get(name) or classes_of_values(root, found.samples)
+    if not all(c.isprintable() for c in found.classes):
+        raise ValueError(f"{root}: class names with characters that cannot be printed: {listed(c for c in found.classes if not c.isprintable())}")
     if (root / "split.json").exists():
         splits, rule = read_json(root / "split.json"), "split.json"
         if not (isinstance(splits, dict) and splits and all(isinstance(names, list) and all(isinstance(n, str) for n in names)
@@ -630,7 +697,7 @@ def _vision(root, found):
             listing = [(Path(str(i["file_name"])).name, polygons.get(i["id"], [])) for i in table["images"]]
             if not all(0 <= i < 255 for i in names):
                 raise ValueError(f"category ids {listed(names)}")
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{path}: not a COCO table of images, annotations with polygons, and categories ({error!r})") from None
         found.problems += [("images of the table that are missing", f"{part}/{file}") for file, _ in listing if file not in stems]
         samples = [Sample(f"{part}/{stems[file]}", root / part / file, mask, ALL) for file, mask in listing if file in stems]
@@ -734,12 +801,13 @@ def layout_of(root):
     return next((name for name, layout in LAYOUTS.items() if root.is_dir() and layout.fits(root)), None)
 
 
-def find_objects(root, depth=3):
+def find_objects(root, depth=3, above=()):
     """{name: folder} of the data sets at or below root: the name is the path from there, "" for root itself."""
     if layout_of(root):
         return {"": root}
-    below = _folders_in(root) if depth else []
-    return {f"{p.name}/{name}".rstrip("/"): path for p in below for name, path in find_objects(p, depth - 1).items()}
+    above = (*above, os.path.realpath(root))
+    below = [p for p in _folders_in(root) if os.path.realpath(p) not in above] if depth else []         # a link may lead back up
+    return {f"{p.name}/{name}".rstrip("/"): path for p in below for name, path in find_objects(p, depth - 1, above).items()}
 
 
 def pick_object(spec, name):
@@ -778,7 +846,7 @@ def few_shot_split(dataset, n=FEW_SHOT):
 
 def listed(names, most=8):
     """'a, b, c and 5 more', 'none' for nothing."""
-    names = [str(n) for n in names]
+    names = [shown(n) for n in names]
     return (", ".join(names[:most]) or "none") + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -787,13 +855,25 @@ def listed(names, most=8):
 def write_atomically(path, write):
     """write(temporary path), then rename: a reader sees the whole file or none, and a full disk keeps the old one."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror or error}), what was there before is unchanged; make room, or choose "
+                      f"another folder") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):                          # the folder may not be there at all
+            temporary.unlink()
+
+
+def remove_leftovers(folder, older_than_s=0):
+    """Remove the temporary files of writes that were killed, which no reader looks at."""
+    for path in Path(folder).glob(".*.tmp"):
+        with contextlib.suppress(FileNotFoundError):                # a write beside this one may just have ended
+            if time.time() - path.stat().st_mtime >= older_than_s:
+                path.unlink()
 
 
 def write_json(path, value):
@@ -858,6 +938,7 @@ def sheet(rows, titles=(), classes=(), tile=128):
 
     Tiles are enlarged by whole factors to about `tile` px, without smoothing. Returns a PIL image.
     """
+    rows = [(shown(caption), tiles) for caption, tiles in rows]     # a kind is the name of a folder, which may hold a line break
     height, width = np.asarray(rows[0][1][0]).shape[1:]
     scale = max(1, tile // max(height, width))
     cell_h, cell_w = height * scale + 4, width * scale + 4
@@ -928,6 +1009,64 @@ def check_compiler():
         raise ValueError(f"--compile needs a C++ compiler, but neither {wanted}, clang++ nor cl is installed; install one or leave --compile out")
 
 
+@contextlib.contextmanager
+def claimed(folder):
+    """Keep a folder for this process: a second one gets a ValueError that names the first. The system lets go when a process dies."""
+    with open(Path(folder) / ".lock", "a+") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(f"{folder} is in use by {file.read() or 'another process'}; wait for it, end it, or choose another --out") from None
+        except OSError as error:                                    # some network drives have no locks
+            print(f"warning: {folder} cannot be locked ({error.strerror}); see to it that no other process trains there", file=sys.stderr)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def interruptible():
+    """Within it the first SIGINT or SIGTERM is only noted, in the list that this yields; another one stops at once.
+
+    Not one within a second of the first: schedulers and torchrun may both pass the same signal on.
+    """
+    received, old = [], {}
+
+    def restore():
+        for signum, handler in old.items():
+            signal.signal(signum, handler)
+
+    def note(signum, frame):
+        if not received:
+            received.extend((signum, time.monotonic()))
+            os.write(2, b"\nstopping as soon as what is begun is whole; once more stops at once\n")          # print is not for handlers
+        elif time.monotonic() - received[1] > 1:
+            restore()
+            signal.raise_signal(signum)
+
+    old.update({signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)})
+    try:
+        yield received
+    finally:
+        restore()
+
+
+def ignore_signals(worker):
+    """For worker processes, which get the terminal's Ctrl-C too: their parent decides when they end."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+
+
+def same_command(*more):
+    """The command that started this process, or all those of its torchrun, with more flags where it lacks them."""
+    processes = world()[1]
+    launcher = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', processes)}", "--"] if processes > 1 else ["python"]
+    return shlex.join([*launcher, *sys.argv, *(flag for flag in more if flag not in sys.argv)])
+
+
 DATA_OPTIONS = ("object", "layout", "fit", "skip_bad")      # flags of add_data_flags that open_dataset takes under the same name
 
 
@@ -965,6 +1104,8 @@ def print_table(table):
 
 def run_main(main):
     """Run a command's main(); bad input ends it with one sentence on stderr and status 2 instead of a traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")               # names of files may be more than the terminal can show
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # as Ctrl-C: temporary files are removed on the way out
     try:
         status = main()
     except (ValueError, OSError, FloatingPointError) as error:

@@ -13,6 +13,8 @@ Image and mask are denoised together, as the channels of one picture:
 import argparse
 import hashlib
 import math
+import sys
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -56,15 +58,38 @@ def decode(joint, num_classes):
 
 # --- checkpoints ---
 
-def save_stage(path, stage, net, ema, optimizer, step, config):
-    """Write one stage's checkpoint: tensors and plain values only, to a temporary name first.
+KEYS = "kind", "step", "config", "network", "model", "ema", "optimizer"
+
+
+def save_stage(path, stage, net, ema, optimizer, step, config, totals=None):
+    """Write one stage's checkpoint: tensors and plain values only, to a temporary name first, and read back before it gets its own.
 
     config: the resolved settings of training; it names data, classes, channels, size, T, schedule and target, so that sampling
-    needs nothing else.
+    needs nothing else.  totals: what train.py has summed up for the next row of its log.
+    Raises: OSError, and the checkpoints there are stay as they were.
     """
-    checkpoint = dict(kind=f"defect-gen/{stage}", step=step, config=config, network=net.config, model=net.state_dict(),
-                      ema=ema.state_dict(), optimizer=optimizer.state_dict())
-    write_atomically(path, lambda p: torch.save(checkpoint, p))
+    values = f"defect-gen/{stage}", step, config, net.config, net.state_dict(), ema.state_dict(), optimizer.state_dict()
+
+    def write(temporary):
+        try:
+            torch.save({**dict(zip(KEYS, values)), "totals": totals}, temporary)
+        except RuntimeError as error:                               # torch's word for a full disk
+            raise OSError(f"the disk is full, or the file too large for it: {str(error).partition(chr(10))[0][:90]}") from None
+        if broken := damage(temporary):
+            raise OSError(f"the disk does not hold what was written: {broken}")
+    write_atomically(path, write)
+
+
+def damage(path):
+    """What is wrong with the bytes of a checkpoint by the checksums in it, which torch.load does not look at; None if nothing is."""
+    try:
+        with zipfile.ZipFile(path) as book:
+            if sum(part.file_size for part in book.infolist()) > Path(path).stat().st_size:
+                return "it unpacks to more than its own size"       # torch.save never packs
+            part = book.testzip()
+            return part and f"the checksum of {part} is wrong"
+    except Exception as error:      # zipfile raises many types; to the user they are one fact
+        return str(error).partition("\n")[0][:90] or type(error).__name__
 
 
 def checkpoints(folder):
@@ -78,20 +103,26 @@ def steps_of(folder):
 
 
 def load_stage(folder, stage, device="cpu", step=None):
-    """A checkpoint of run/<stage> as a dict, the newest by default. Raises FileNotFoundError or ValueError, saying what to do."""
+    """A checkpoint of run/<stage> as a dict, the newest whole one by default. Raises FileNotFoundError or ValueError, saying what to do."""
     found = [path for path, at in zip(checkpoints(folder), steps_of(folder)) if step in (None, at)]
     if not found:
         raise FileNotFoundError(f"{folder}: no checkpoint of the {stage} stage{'' if step is None else f' at step {step}'}; train it with: "
                                 f"python train.py --stage {stage} --out {Path(folder).parent}")
+    while (broken := damage(found[-1])) and len(found) > 1:
+        print(f"{found.pop()}: damaged ({broken}); going on with the one before, {found[-1].name}", file=sys.stderr)
     path = found[-1]
     try:
+        if broken:
+            raise ValueError(broken)
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         kind = checkpoint["kind"]
-    except Exception as error:      # the reader of damaged bytes raises many types; to the user they are one fact
+    except Exception as error:      # the reader raises many types; to the user they are one fact
         raise ValueError(f"{path}: damaged or not a checkpoint of this program ({str(error).partition(chr(10))[0][:90]}); "
-                         f"delete it to use the one before") from None
+                         f"delete it, to use another one or to train again") from None
     if kind != f"defect-gen/{stage}":
         raise ValueError(f"{path}: holds the stage {kind}, but defect-gen/{stage} is expected here; are large/ and small/ swapped?")
+    if set(KEYS) - set(checkpoint):
+        raise ValueError(f"{path}: lacks {', '.join(sorted(set(KEYS) - set(checkpoint)))}; it was not written by train.py, delete it")
     return checkpoint
 
 

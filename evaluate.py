@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -28,7 +29,7 @@ import segment
 from benchmark import machine
 from datasets import (data_options, describe, has_bf16, open_dataset, overlay, pick_device, print_table, read_json, run_main, sheet, unfit,
                       write_atomically, write_image, write_json)
-from defect_gen import STAGES, DefectGen, open_training, steps_of, strip
+from defect_gen import STAGES, DefectGen, load_stage, open_training, steps_of, strip
 from inspect_rules import STANDARDS, load_standard, printable, recall_fpr, verdict
 from metrics import (COPY_BELOW, Features, copy_share, coverage_density, defect_crops, distances, intra_cluster_diversity, kid, light, mask_fit,
                      mask_statistics, novelty, shape_distance, sliced_wasserstein, variants)
@@ -56,7 +57,7 @@ class Setting:
         if not self.test.defective():
             raise ValueError(f"{self.data}: no image with a defect in --split {args.split}; nothing to score on. Keep some of the images out of "
                              f"training with a split.json (README, 'Your own data')")
-        files = [{s.name if s.image is None else s.image.resolve() for s in part.samples} for part in (self.train, self.test)]
+        files = [{s.name if s.image is None else os.path.realpath(s.image) for s in part.samples} for part in (self.train, self.test)]
         shared = {str(file) for file in files[0] & files[1]}
         if shared:
             raise ValueError(f"--split {args.split} shares {len(shared)} images with the training split {self.config['split']} "
@@ -144,9 +145,15 @@ def draw_sets(setting, how, count, progress):
     """
     used, seeds = how["switch_t"], [int(Path(sample.name).name) for sample in setting.generated.samples[:count]]
     steps, sets = sorted(set.intersection(*(set(steps_of(setting.run / stage)) for stage in STAGES))), {}
-    newest = steps_of(setting.run / "large")[-1]
-    for step in [*(s for s in steps if s != newest), newest]:
-        generator = DefectGen.load(setting.run, setting.device, None if step == newest else step)
+    newest = load_stage(setting.run / "large", "large")["step"]     # the newest whole one
+    for step in [*(s for s in steps if s < newest), newest]:
+        try:
+            generator = DefectGen.load(setting.run, setting.device, None if step == newest else step)
+        except ValueError as error:
+            if step == newest:
+                raise
+            progress(f"left out: {error}")
+            continue
         for switch_t in sorted({used, *SWITCHES} if step == newest else {0, used, 1000}):
             if (step, switch_t) == (newest, used):
                 sets[step, switch_t] = [part[:count] for part in setting.drawn]

@@ -7,11 +7,12 @@
     torchrun --nproc_per_node=4 -- sample.py --run runs/mine --count 1000       each process draws every fourth of what is missing
 
 A picture is a function of its seed: 000017.png is the same alone or in a batch. Pairs that are already there are skipped, so an
-interrupted command is simply run again.
+interrupted command is simply run again. Ctrl-C and SIGTERM let the pairs that are being written become whole.
 """
 import argparse
 import math
 import re
+import signal
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -21,8 +22,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from datasets import (check_compiler, data_options, has_bf16, open_dataset, overlay, pair_paths, pick_device, read_image, read_json, read_mask, run_main, sheet, world,
-                      write_classes, write_image, write_json, write_pair)
+from datasets import (check_compiler, data_options, has_bf16, interruptible, open_dataset, overlay, pair_paths, pick_device, read_image, read_json,
+                      read_mask, remove_leftovers, run_main, same_command, sheet, world, write_classes, write_image, write_json, write_pair)
 from defect_gen import SWITCH_T, DefectGen, open_training
 from metrics import COPY_BELOW, mask_fit, novelty, variants
 from segment import build, fit, predict
@@ -31,6 +32,7 @@ from unet import check_size
 KIND = "generated"      # one folder for all: a pair's classes are in its mask
 WISHES = "kind", "no_empty", "min_area_px", "max_area_px", "min_novelty", "min_fit"
 FIT_STEPS = 300         # of the segmenter that judges masks
+LEFT_S = 3600           # a temporary file this old is nobody's any more; younger ones may be another process's
 
 
 def parse_seeds(text):
@@ -126,7 +128,10 @@ class Judge:
 # --- drawing ---
 
 def draw_pairs(args):
-    """Draw the pairs that --out lacks and write them, then a contact sheet of the first 32. Processes of torchrun share the seeds out."""
+    """Draw the pairs that --out lacks and write them, then a contact sheet of the first 32. Processes of torchrun share the seeds out.
+
+    Returns None, or 128 + the number of the signal that ended it early, which is a command's exit status.
+    """
     rank, processes = world()
     if args.wishes and processes > 1:
         raise ValueError(f"--{next(iter(args.wishes)).replace('_', '-')} draws until enough pairs are wanted, seed by seed: use one process, not torchrun")
@@ -149,20 +154,29 @@ def draw_pairs(args):
     if processes > 1:                                                           # from here all know what is missing, and none has begun
         dist.init_process_group("gloo", timeout=timedelta(days=30))             # only to wait for each other at the end, however long
     if rank == 0:
+        for folder in {out, *(path.parent for path in pair_paths(out, "", KIND))}:
+            remove_leftovers(folder, LEFT_S)
         write_classes(out, generator.classes)
         write_json(out / "config.json", settings)
         print(f"settings: {settings}")
         if not judge and len(missing) < len(seeds):
             print(f"{len(seeds) - len(missing)} of {len(seeds)} pairs are there already")
 
+    with interruptible() as received:
+        if judge:
+            kept = draw_wanted(generator, judge, seeds, out, size, args, received)
+        else:
+            draw_missing(generator, missing[rank::processes], out, size, args, received, quiet=rank > 0)
+    if received:
+        if rank == 0:
+            print(f"stopped by {signal.Signals(received[0]).name}; the pairs in {out} are whole\ncontinue: {same_command()}")
+        return 128 + received[0]
     if judge:
-        kept = draw_wanted(generator, judge, seeds, out, size, args)
         if kept:
             finish(generator, kept, out, args.run)
         if len(kept) < args.count and not args.seeds:
             raise ValueError(f"only {len(kept)} of --count {args.count} pairs after {len(seeds)} draws, which are kept; raise --max-draws, or wish for less")
         return
-    draw_missing(generator, missing[rank::processes], out, size, args, quiet=rank > 0)
     if processes > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -174,11 +188,11 @@ def is_there(out, seed):
     return all(path.exists() for path in pair_paths(out, f"{seed:06d}", KIND))
 
 
-def draw_missing(generator, seeds, out, size, args, quiet):
+def draw_missing(generator, seeds, out, size, args, received, quiet):
     """Draw and write pairs, batch by batch; the pictures of one batch are compressed and written while the next is drawn."""
     writing = []
     with tqdm(total=len(seeds), unit="pair", disable=quiet) as bar, ThreadPoolExecutor(2) as pool:
-        for chunk, pairs in drawn_batches(generator, seeds, size, args):
+        for chunk, pairs in drawn_batches(generator, seeds, size, args, received):
             for written in writing:
                 written.result()                                                # a full disk is reported here
             writing = [pool.submit(write_pair, out, f"{seed:06d}", image, mask, KIND) for seed, image, mask in zip(chunk, *pairs)]
@@ -187,13 +201,26 @@ def draw_missing(generator, seeds, out, size, args, quiet):
             written.result()
 
 
-def drawn_batches(generator, seeds, size, args):
-    """Yield (seeds, (images, masks)) of args.batch_size seeds at a time, of fewer from where the device's memory is full."""
+class Interrupted(Exception):
+    """Leaves a batch that is being drawn."""
+
+
+def drawn_batches(generator, seeds, size, args, received):
+    """Yield (seeds, (images, masks)) of args.batch_size seeds at a time, of fewer from where the device's memory is full.
+
+    Ends, within a batch too, when a signal is in `received`.
+    """
+    def on_step(*state):
+        if received:
+            raise Interrupted
+
     batch_size, start = args.batch_size, 0
-    while start < len(seeds):
+    while start < len(seeds) and not received:
         chunk = seeds[start:start + batch_size]
         try:
-            pairs = generator.sample(chunk, args.num_steps, args.sampler, args.spacing, args.switch_t, size, batch_size)
+            pairs = generator.sample(chunk, args.num_steps, args.sampler, args.spacing, args.switch_t, size, batch_size, on_step)
+        except Interrupted:
+            return
         except torch.OutOfMemoryError:
             if batch_size == 1:
                 raise
@@ -204,7 +231,7 @@ def drawn_batches(generator, seeds, size, args):
         start += len(chunk)
 
 
-def draw_wanted(generator, judge, seeds, out, size, args):
+def draw_wanted(generator, judge, seeds, out, size, args, received):
     """Draw seed by seed until --count pairs are wanted, or the --seeds end; write those and return their seeds.
 
     What was decided before is not drawn again: a pair is there, or its seed is in OUT/dropped.json with the reason.
@@ -214,7 +241,7 @@ def draw_wanted(generator, judge, seeds, out, size, args):
     kept = [seed for seed in seeds if is_there(out, seed)][:count]
     undecided = [seed for seed in seeds if str(seed) not in dropped and not is_there(out, seed)] if len(kept) < count else []
     with tqdm(total=count, initial=len(kept), unit="pair") as bar:
-        for chunk, (images, masks) in drawn_batches(generator, undecided, size, args):
+        for chunk, (images, masks) in drawn_batches(generator, undecided, size, args, received):
             for seed, image, mask, reason in zip(chunk, images, masks, judge(images, masks)):
                 if reason:
                     dropped[str(seed)] = reason

@@ -14,9 +14,10 @@ import csv
 import math
 import os
 import shlex
+import signal
 import sys
 import time
-from contextlib import nullcontext, redirect_stdout
+from contextlib import ExitStack, nullcontext, redirect_stdout
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -27,8 +28,9 @@ import torch.utils.checkpoint
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from datasets import (MEMORY_LIMIT, add_data_flags, augment, check_compiler, data_options, describe, has_bf16, open_dataset, overlay, pick_device,
-                      read_names, run_main, sheet, world, write_image, write_json)
+from datasets import (MEMORY_LIMIT, add_data_flags, augment, check_compiler, claimed, data_options, describe, has_bf16, ignore_signals,
+                      interruptible, open_dataset, overlay, pick_device, read_names, remove_leftovers, run_main, same_command, sheet, world,
+                      write_atomically, write_image, write_json)
 from defect_gen import STAGES, SWITCH_T, checkpoints, decode, encode, load_stage, save_stage
 from diffusion import q_sample, rng, sample, schedule, timesteps, to_x_start, training_loss
 from unet import LARGE, SMALL, Block, UNet, check_size, count_parameters, receptive_field
@@ -45,7 +47,9 @@ PRESETS = {
 }
 T_MARGIN = 50                   # own timesteps reach this far beyond SWITCH_T: the switch may be moved a little when sampling
 LOG_EVERY = 10                  # steps between readings of the loss: each one waits for the device
+STUCK_AFTER = 500               # steps after which the loss must have moved; a run that learns has less than half of its first loss by then
 QUARTERS = ["loss_q1", "loss_q2", "loss_q3", "loss_q4"]         # loss by quarter of [0, T): which steps a stage is good at
+COLUMNS = ["step", "loss", *QUARTERS, "lr", "images_per_s", "grad_norm"]        # grad_norm: of this step, before it is clipped to 1
 
 
 def number_or_auto(text):
@@ -86,7 +90,9 @@ def parse_args(argv=None):
     parser.add_argument("--keep", type=int, default=2, metavar="N", help="newest checkpoints to keep (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="mixed precision (default: the preset's, else by device)")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in OUT/<stage>")
+    parser.add_argument("--deterministic", action="store_true", help="only algorithms that give the same bits twice: slower on a GPU, "
+                        "nothing new on a CPU")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint in OUT/<stage>")
     args = parser.parse_args(argv)
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name, None) is None and name not in STAGES:
@@ -126,7 +132,7 @@ def batches(dataset, first_step, steps, batch_size, seed, device, share=slice(No
     else:
         print(f"data: {len(dataset)} images, {size / 2**30:.1f} GiB, loaded by worker processes (limit {MEMORY_LIMIT >> 30} GiB)")
         loader = torch.utils.data.DataLoader(dataset, batch_sampler=list(indices()), num_workers=min(4, os.cpu_count()),
-                                             pin_memory=device.type == "cuda")
+                                             pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
         yield from ([part.to(device, non_blocking=True) for part in batch] for batch in loader)
 
 
@@ -209,6 +215,9 @@ def probe_batch(net, image_losses, channels, size, device):
 
 def prepare(args):
     """Open the data and settle the configuration; what can be wrong with flags and data is found out before the first step."""
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")             # cuBLAS reads it when it starts
+        torch.use_deterministic_algorithms(True)
     device = pick_device(args.device)
     if args.compile:
         check_compiler()
@@ -235,9 +244,10 @@ def prepare(args):
 
 
 def restore(folder, args, config, net, ema, optimizer):
-    """Load the newest checkpoint into the three and return its step. Settings that shape the weights must be the same."""
+    """Load the newest whole checkpoint into the three; return its step and totals. Settings that shape the weights must be the same."""
     checkpoint = load_stage(folder, args.stage)
-    free = ("steps", "save_every", "keep", "device", "bf16", "out", "data", "skip_bad", "images", "accumulate", "checkpointing", "compile")
+    free = ("steps", "save_every", "keep", "device", "bf16", "out", "data", "skip_bad", "images", "accumulate", "checkpointing", "compile",
+            "deterministic")
     old = {"t_range": [0, config["T"]], "norm": "group", **checkpoint["config"]}     # once, there was no choice
     if config["batch_size"] == "auto":
         config["batch_size"] = old["batch_size"]                    # as it was found at the start
@@ -253,17 +263,35 @@ def restore(folder, args, config, net, ema, optimizer):
     for parameter, state in optimizer.state.items():                # fused AdamW reads them in the order of memory, which must be one
         for name in ("exp_avg", "exp_avg_sq"):
             state[name] = torch.empty_like(parameter).copy_(state[name])
-    return checkpoint["step"]
+    return checkpoint["step"], checkpoint.get("totals")
+
+
+def read_log(path):
+    """The whole rows of a log.csv; a killed process may have left half of one."""
+    if not path.exists():
+        return []
+    with path.open(newline="", errors="replace") as file:
+        return [row for row in csv.DictReader(file) if None not in row.values() and (row.get("step") or "").isdecimal()]
 
 
 def open_log(path, first_step):
     """log.csv with the rows up to first_step kept: a resumed run leaves neither gaps nor doubles."""
-    rows = list(csv.DictReader(path.open())) if path.exists() else []
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["step", "loss", *QUARTERS, "lr", "images_per_s"])
-        writer.writeheader()
-        writer.writerows(row for row in rows if int(row["step"]) <= first_step)
+    def write(temporary):
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(row for row in rows if int(row["step"]) <= first_step)
+
+    rows = read_log(path)
+    write_atomically(path, write)
     return path.open("a", newline="")
+
+
+def is_stuck(rows):
+    """Whether the loss of the last 100 steps is still above nine tenths of the first one in the log; not known without the beginning."""
+    steps, losses = [int(row["step"]) for row in rows], [float(row["loss"]) for row in rows]
+    recent = [loss for step, loss in zip(steps, losses) if step > steps[-1] - 100]
+    return steps[0] <= LOG_EVERY and sum(recent) / len(recent) > 0.9 * losses[0]
 
 
 def other_stage(args, stage):
@@ -275,10 +303,21 @@ def other_stage(args, stage):
 
 
 def train(args):
-    """Train args.stage to args.steps, from the start or from its newest checkpoint; see parse_args."""
+    """Train args.stage to args.steps, from the start or from its newest whole checkpoint; see parse_args.
+
+    Returns None, or 128 + the number of the signal that ended it early with a checkpoint, which is a command's exit status.
+    """
+    with ExitStack() as held:                                       # the folder, the signals and the log, given back however this ends
+        return train_stage(args, held)
+
+
+def train_stage(args, held):
     rank, processes = world()
     dataset, device, network, config = prepare(args)
     folder = Path(args.out) / args.stage
+    begun = folder.is_dir()
+    if rank == 0 and begun:                                         # before its checkpoints are looked at
+        held.enter_context(claimed(folder))
     if not args.resume and checkpoints(folder):
         raise ValueError(f"{folder} already holds {checkpoints(folder)[-1].name}: --resume continues it, another --out starts a new run")
     if processes > 1:
@@ -290,7 +329,7 @@ def train(args):
     net = UNet(dataset.channels + len(dataset.classes), **network).to(device, memory_format=layout)
     ema = deepcopy(net).requires_grad_(False)
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    first_step = restore(folder, args, config, net, ema, optimizer) if args.resume else 0
+    first_step, totals = restore(folder, args, config, net, ema, optimizer) if args.resume else (0, None)
     alphas_cumprod = schedule(config["T"], config["schedule"])
 
     def image_losses(model, x_start, t, noise):
@@ -324,14 +363,22 @@ def train(args):
         print(f"{folder} has {first_step} steps already; raise --steps to go on")
         return
     if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not begun:                                               # a refused command leaves no folder behind
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(claimed(folder))
+        remove_leftovers(folder)
+        for path in checkpoints(folder):
+            if int(path.stem.split("_")[1]) > first_step:           # damaged, or it had been loaded: --keep must not count it
+                path.rename(f"{path}.damaged")
         write_json(folder / "config.json", config)
 
     eight = dataset.subset([i * len(dataset) // 8 for i in range(8)]).tensors()     # for the small stage's previews
     parameters, averaged = list(net.parameters()), list(ema.parameters())
-    totals = torch.zeros(2, 4, device=device)                       # loss sums and counts by quarter of [0, T)
-    log = open_log(folder / "log.csv" if rank == 0 else Path(os.devnull), first_step)
+    # loss sums and counts by quarter of [0, T) since the last row of the log, from all processes once they are in the checkpoint
+    totals = torch.zeros(2, 4, device=device) if totals is None or rank > 0 else totals.to(device)
+    log = held.enter_context(open_log(folder / "log.csv", first_step) if rank == 0 else open(os.devnull, "w"))
     writer = csv.writer(log)
+    received = held.enter_context(interruptible())
     bar = tqdm(total=args.steps, initial=first_step, unit="step", desc=args.stage, mininterval=1, disable=rank > 0)
     clock, last = time.perf_counter(), first_step
     for step, (images, masks) in enumerate(batches(dataset, first_step, args.steps, batch_size, args.seed, device, share), first_step):
@@ -351,7 +398,7 @@ def train(args):
                 losses = image_losses(model, x_start, t, noise)
                 (losses.mean() / args.accumulate).backward()
             totals.index_add_(1, t * 4 // config["T"], torch.stack([losses.detach(), torch.ones_like(losses)]))
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         decay = min(args.ema, (1 + step) / (10 + step))             # warm-up: the average of 100 steps is not mostly step 0
@@ -360,32 +407,51 @@ def train(args):
 
         done = step + 1
         save = done % args.save_every == 0 or done == args.steps
-        if done % LOG_EVERY == 0 or save:                           # before saving too: no checkpoint with a broken loss
+        row = done % LOG_EVERY == 0 or save
+        stopped = received[0] if received and processes == 1 else 0
+        if row or stopped:                                          # before saving too: no checkpoint with a broken loss
             if processes > 1:
                 dist.all_reduce(totals)                             # all read the same loss, so all stop where it is broken
+                stopped = torch.tensor(received[0] if received else 0, device=device)
+                dist.all_reduce(stopped, dist.ReduceOp.MAX)         # and all stop at the step where one was told to
+                stopped = stopped.item()
             sums, counts = totals.tolist()
+            loss, norm = sum(sums) / sum(counts), norm.item()
+            if not math.isfinite(loss + norm):
+                good = checkpoints(folder)[-1:] or ["none yet"]
+                raise ValueError(f"the loss is {loss} at step {done}, learning rate {lr:g}, gradient norm {norm:g}; the last good checkpoint: "
+                                 f"{good[0]}. Try a lower --lr or --no-bf16")
+        if row:
             totals.zero_()
-            loss = sum(sums) / sum(counts)
-            if not math.isfinite(loss):
-                raise ValueError(f"the loss is {loss} at step {done}, learning rate {lr:g}; the last checkpoint in {folder} is kept. "
-                                 f"Try a lower --lr or --no-bf16")
             now = time.perf_counter()
             rate = (done - last) * batch_size / (now - clock)
             clock, last = now, done
             quarters = [f"{s / c:.6f}" if c else "" for s, c in zip(sums, counts)]
-            writer.writerow([done, f"{loss:.6f}", *quarters, f"{lr:g}", f"{rate:.2f}"])
+            writer.writerow([done, f"{loss:.6f}", *quarters, f"{lr:g}", f"{rate:.2f}", f"{norm:.4g}"])
             bar.update(done - bar.n)
             bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{rate:.1f}")
-        if save and rank == 0:
+        if rank == 0 and (save or stopped):
             log.flush()
-            save_stage(folder / f"step_{done:06d}.pt", args.stage, net, ema, optimizer, done, config)
+            save_stage(folder / f"step_{done:06d}.pt", args.stage, net, ema, optimizer, done, config, totals.cpu())
             for old in checkpoints(folder)[:-args.keep]:
                 old.unlink()
+        if stopped and done < args.steps:
+            if processes > 1:
+                dist.barrier()                                      # torchrun ends all when the first has gone
+            bar.close()
+            print(f"stopped by {signal.Signals(stopped).name} at step {done}, checkpoint {checkpoints(folder)[-1]}\n"
+                  f"continue: {same_command('--resume')}")
+            return 128 + stopped
+        if rank == 0 and done % STUCK_AFTER == 0:
+            log.flush()
+            if is_stuck(read_log(folder / "log.csv")):
+                print(f"warning: the loss has not moved in {done} steps, it is {loss:.4f}; try another --lr, and look at the data with "
+                      f"python datasets.py", file=sys.stderr)
+        if save and rank == 0:
             picture = preview(ema, args.stage, config, *(part.to(device) for part in eight), device, alphas_cumprod)
             write_image(folder / f"samples_{done:06d}.png", picture)
             clock = time.perf_counter()
     bar.close()
-    log.close()
     if rank > 0:
         return
     print(f"{args.stage} stage: {args.steps} steps, checkpoint {checkpoints(folder)[-1]}, "
@@ -399,9 +465,10 @@ def main():
     """Train alone, or as one of the processes of torchrun, of which the first speaks for all."""
     rank, processes = world()
     with redirect_stdout(open(os.devnull, "w")) if rank > 0 else nullcontext():
-        train(parse_args())
+        status = train(parse_args())
     if processes > 1:                                               # not after an error: the others may be lost
         dist.destroy_process_group()
+    return status
 
 
 if __name__ == "__main__":

@@ -94,7 +94,8 @@ def test_a_checkpoint_of_the_wrong_stage_is_refused(copy):
 
 @pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 2], lambda b: b"", lambda b: b"not a checkpoint", lambda b: b"\x00" * 100])
 def test_a_damaged_checkpoint_is_named(copy, damage):
-    path = checkpoints(copy / "large")[-1]
+    older, path = checkpoints(copy / "large")
+    older.unlink()
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=f"{path.name}: damaged or not a checkpoint"):
         DefectGen.load(copy)

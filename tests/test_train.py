@@ -32,7 +32,7 @@ def assert_same(folder, wanted, atol=1e-5):
 @pytest.fixture
 def unclipped(monkeypatch):
     """Clipping and AdamW both hide a gradient that is N times too large; without clipping AdamW's averages show it."""
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, max_norm: None)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, max_norm: torch.zeros(()))
 
 
 @pytest.mark.parametrize("augment", ["", "flip,turn,crop"])
@@ -273,7 +273,7 @@ WORKER = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import torch, train
-torch.nn.utils.clip_grad_norm_ = lambda parameters, max_norm: None
+torch.nn.utils.clip_grad_norm_ = lambda parameters, max_norm: torch.zeros(())
 if train.world()[0] > 0:                # only the first process writes
     train.write_json = train.save_stage = train.write_image = None
 loss, calls = train.training_loss, []
