@@ -1,7 +1,7 @@
 """The paper's claim, measured: does the hand-over copy less than the large network alone, and keep the shape better than the small one alone?
 
     python docs/claim.py                            drawn pills; about three hours on one core
-    python docs/claim.py --tile magnetic_tile       and 25 photos of magnetic tiles, 40 minutes more
+    python docs/claim.py --tile magnetic_tile       and 25 photos of magnetic tiles, an hour more
     python docs/claim.py --quick                    two runs of a few steps; their numbers mean nothing
 
 Trains every run of RUNS that is not finished, draws pairs, runs `evaluate.py generation` on each, and writes the numbers to docs/claim.json
@@ -105,6 +105,7 @@ def main():
     parser.add_argument("--tile", metavar="FOLDER", help="magnetic tile photos with a split few_shot, to measure them as well")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything; writes no docs/claim.json")
     args = parser.parse_args()
+    args.out = args.out / "quick" if args.quick else args.out
     if not (args.out / "pills" / "split.json").exists():
         write_pills(args.out / "pills")
     names = ["pill25", "pill25-d0"] if args.quick else [name for name in RUNS if name != "tile" or args.tile]

@@ -17,7 +17,8 @@ COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```
 ORDER = ["inspect_rules", "drawn", "datasets", "metrics", "unet", "diffusion", "defect_gen", "segment", "benchmark", "report", "simulation", "train", "sample", "evaluate"]
 # what a command is given at the end so that it takes seconds; the last of a repeated flag wins
 SHORT = {"train.py": "--preset tiny --size 16 16 --steps 2 --batch-size 2 --save-every 2", "sample.py": "--count 2 --num-steps 2",
-         "evaluate.py": "--quick", "simulation.py": "--count 2", "segment.py": "--size 32 32 --steps 2 --batch-size 2", "benchmark.py": "--quick"}
+         "evaluate.py": "--quick", "simulation.py": "--count 2", "docs/claim.py": "--quick", "segment.py": "--size 32 32 --steps 2 --batch-size 2",
+         "benchmark.py": "--quick"}
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,7 @@ def workplace(tmp_path_factory):
     place = tmp_path_factory.mktemp("readme")
     for name in ORDER:
         shutil.copy(ROOT / f"{name}.py", place)
+    shutil.copytree(ROOT / "docs", place / "docs")
     make_data(place / "FOLDER")
     defect_spectrum(place / "Defect_Spectrum")
     return place
