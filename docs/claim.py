@@ -76,9 +76,12 @@ def show(results):
     ends, both = ("large only", name_of(SWITCH_T), "small only"), (name_of(SWITCH_T), "small only")
     equal = max(set.intersection(*(set(steps) for run, steps in results.items() if run != "tile")), key=int)       # steps that all pills have
 
+    def cell(values):
+        return "–" if None in values else spread(values, 2)         # None: not a number
+
     def table(caption, rows):
         """rows: (label, run, step, set)"""
-        print_table({"caption": caption, "head": ["", *columns], "rows": [[label, *(spread(results[run][step][kind][c], 2) for c in columns)]
+        print_table({"caption": caption, "head": ["", *columns], "rows": [[label, *(cell(results[run][step][kind][c]) for c in columns)]
                                                                           for label, run, step, kind in rows if kind in results.get(run, {}).get(step, {})]})
 
     for run, steps in results.items():

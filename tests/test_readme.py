@@ -43,8 +43,8 @@ def follow(commands, place):
             launcher, words = ["-m", "torch.distributed.run", "--standalone", *words[:words.index("--") + 1]], words[words.index("--") + 1:]
         script, *flags = words
         result = run(place / script, *flags, *shlex.split(SHORT.get(script, "")), cwd=place, launcher=launcher)
-        # 1: something was rejected, or a generator of two steps drew nothing that was wished for
-        allowed = (0, 1) if script == "inspect_rules.py" or "--kind" in flags else (0,)
+        # 1: something was rejected; 2: a generator of two steps drew nothing that was wished for
+        allowed = (0, 1) if script == "inspect_rules.py" else (0, 2) if "--kind" in flags else (0,)
         if result.returncode not in allowed or "Traceback" in result.stderr:
             failures.append(f"{command}\n{result.stdout[-800:]}{result.stderr[-800:]}")
     return failures
