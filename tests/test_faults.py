@@ -112,7 +112,7 @@ def undisturbed(data, commands, tmp_path_factory):
     """A run of 26 steps that nothing happened to, and how long it took."""
     out, start = tmp_path_factory.mktemp("undisturbed"), time.perf_counter()
     assert commands.run(*flags(data, out)) == 0, commands.output()
-    return out, time.perf_counter() - start
+    return out, min(5, time.perf_counter() - start)                 # on a busy machine the first one may wait for minutes
 
 
 def assert_equal_runs(out, wanted):
@@ -228,7 +228,7 @@ def assert_whole_pairs(folder):
 def test_sampling_killed_at_random_moments_writes_the_same_files(trained, commands, tmp_path):
     start = time.perf_counter()
     assert commands.run(*sampling(trained, tmp_path / "wanted")) == 0, commands.output()
-    duration, moments = time.perf_counter() - start, random.Random(1)
+    duration, moments = min(5, time.perf_counter() - start), random.Random(1)
     for _ in range(20):
         pid = commands.start(*sampling(trained, tmp_path / "killed"))
         time.sleep(moments.uniform(0.1, 1) * duration)
