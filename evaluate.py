@@ -209,9 +209,9 @@ def generation(settings, progress):
     sets = {(newest, None): others, **drawn}
 
     # one segmenter judges the masks of all sets
-    predicted = train_and_predict(setting, "deeplabv3+", setting.real, len(setting.classes), 0, 3 * args.steps,
+    predicted = train_and_predict(setting, "deeplabv3+", setting.real, len(setting.classes), 0, 2 * args.steps,
                                   torch.cat([images for images, _ in sets.values()])).split([len(masks) for _, masks in sets.values()])
-    progress(f"masks judged by DeepLabV3+, {3 * args.steps} steps on the training images")
+    progress(f"masks judged by DeepLabV3+, {2 * args.steps} steps on the training images")
     groups, numbers, cells = max(1, min(args.seeds, count // 8)), {}, {}
     for (key, (images, masks)), seen_masks in zip(sets.items(), predicted):
         parts = [measures(images[i::groups], masks[i::groups], seen_masks[i::groups], training, reference, features) for i in range(groups)]
@@ -235,7 +235,7 @@ def generation(settings, progress):
                  f"as reference, {len(others[0])} more in the first row; all with defects. Mean ± standard deviation over {groups} parts of each set.",
                  f"Patch distance: sliced Wasserstein, 0 best. KID, coverage, density (1 best) and diversity in features of {features.name}. Novelty: distance to "
                  f"the nearest training image, held-out images have 1, a copy 0; below {COPY_BELOW} it counts as a copy. Shape: distance of the outlines, real ones have 1. "
-                 f"Mask fit: IoU of the defects with what DeepLabV3+ sees after {3 * args.steps} steps on the real training images.",
+                 f"Mask fit: IoU of the defects with what DeepLabV3+ sees after {2 * args.steps} steps on the real training images.",
                  "Empty masks: " + ", ".join(f"{name} {100 * found['empty']:.0f} %" for name, found in shares.items()) + ".",
                  *dropped(setting.run / "samples")],
         "tables": tables,
