@@ -154,9 +154,13 @@ def draw_sets(setting, how, count, progress):
                 raise
             progress(f"left out: {error}")
             continue
+        if step == newest and generator.fingerprint != how["weights"]:
+            raise ValueError(f"{setting.run / 'samples'} was drawn from other weights than the checkpoint at step {step}: remove it and run sample.py again")
         for switch_t in sorted({used, *SWITCHES} if step == newest else {0, used, 1000}):
             if (step, switch_t) == (newest, used):
                 sets[step, switch_t] = [part[:count] for part in setting.drawn]
+                continue
+            if tuple(how["size"]) != setting.size:                      # RUN/samples was resized to be read; others would not be
                 continue
             try:
                 sets[step, switch_t] = generator.sample(seeds, how["num_steps"], how["sampler"], how["spacing"], switch_t)
@@ -201,6 +205,9 @@ def generation(settings, progress):
     setting, = settings
     args, features = setting.args, Features(device=setting.device)
     train, test = (part.subset(part.defective()).tensors() for part in (setting.train, setting.test))
+    if len(test[0]) < 4:
+        return {"title": "Generation", "tables": [], "figures": [], "numbers": {},
+                "text": [f"Not run: {len(test[0])} held-out images with a defect are too few to compare with; it takes 4."]}
     reference, others = ([part[i::2] for part in test] for i in (0, 1))
     training = variants(*train, setting.config["augment"])
     how = read_json(setting.run / "samples" / "config.json")
@@ -212,7 +219,7 @@ def generation(settings, progress):
     predicted = train_and_predict(setting, "deeplabv3+", setting.real, len(setting.classes), 0, 2 * args.steps,
                                   torch.cat([images for images, _ in sets.values()])).split([len(masks) for _, masks in sets.values()])
     progress(f"masks judged by DeepLabV3+, {2 * args.steps} steps on the training images")
-    groups, numbers, cells = max(1, min(args.seeds, count // 8)), {}, {}
+    groups, numbers, cells = max(1, min(args.seeds, count // 8, len(others[0]))), {}, {}
     for (key, (images, masks)), seen_masks in zip(sets.items(), predicted):
         parts = [measures(images[i::groups], masks[i::groups], seen_masks[i::groups], training, reference, features) for i in range(groups)]
         numbers[key] = dict(zip(MEASURES, zip(*parts)))
@@ -237,7 +244,7 @@ def generation(settings, progress):
                  f"the nearest training image, held-out images have 1, a copy 0; below {COPY_BELOW} it counts as a copy. Shape: distance of the outlines, real ones have 1. "
                  f"Mask fit: IoU of the defects with what DeepLabV3+ sees after {2 * args.steps} steps on the real training images.",
                  "Empty masks: " + ", ".join(f"{name} {100 * found['empty']:.0f} %" for name, found in shares.items()) + ".",
-                 *dropped(setting.run / "samples")],
+                 *dropped(setting.run / "samples", used)],
         "tables": tables,
         "figures": generation_figures(setting, final, used, train, test, training) + [setting.figure(*parts) for parts in curves(numbers, newest)],
         "numbers": {"measures": {step: {name_of(s): values for (at, s), values in numbers.items() if at == step} for step, _ in sorted(drawn)},
@@ -245,12 +252,13 @@ def generation(settings, progress):
                     "training": len(train[0]), "held_out": len(test[0])}}
 
 
-def dropped(samples):
+def dropped(samples, used):
     """What sample.py left out at the user's wish, as a list of no or one sentence."""
     if not (samples / "dropped.json").exists():
         return []
     reasons = Counter(read_json(samples / "dropped.json").values())
-    return [f"sample.py dropped {sum(reasons.values())} pairs: {', '.join(f'{n} {reason}' for reason, n in reasons.most_common())}."]
+    return [f"sample.py dropped {sum(reasons.values())} pairs: {', '.join(f'{n} {reason}' for reason, n in reasons.most_common())}. "
+            f"The row of {name_of(used)} shows what was kept, the other rows the same seeds without a choice."]
 
 
 def generation_figures(setting, sets, used, train, test, training):

@@ -8,6 +8,7 @@ become markup, and characters that show nothing or turn the reading direction ar
 import argparse
 import base64
 import html
+import math
 import platform
 import statistics
 from pathlib import Path
@@ -45,7 +46,8 @@ def plot(x, lines, size=(640, 360), labels=None):
     picture, font = Image.new("RGB", (size[0], size[1] + 22 * len(lines)), "white"), ImageFont.load_default(16)
     pen, (left, top, right, bottom) = ImageDraw.Draw(picture), (70, 20, size[0] - 30, size[1] - 40)
     lines = {name: values if isinstance(values[0], tuple) else list(zip(x, values)) for name, values in lines.items()}
-    low, high = (f(v for points in lines.values() for _, v in points) for f in (min, max))
+    lines = {name: [(a, v) for a, v in points if math.isfinite(v)] for name, points in lines.items()}
+    low, high = (f([v for points in lines.values() for _, v in points] or [0]) for f in (min, max))
     at = lambda a, v: (left + (right - left) * (a - x[0]) / ((x[-1] - x[0]) or 1), bottom - (bottom - top) * (v - low) / ((high - low) or 1))
     pen.rectangle((left, top, right, bottom), outline="gray")
     for value in (low, (low + high) / 2, high):

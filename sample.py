@@ -83,7 +83,10 @@ def parse_args(argv=None):
             raise ValueError(f"--{name} is {value}, but must be above 0 and at most 1")
     if args.max_area_px is not None and not args.min_area_px <= args.max_area_px:
         raise ValueError(f"--min-area-px {args.min_area_px} is more than --max-area-px {args.max_area_px}")
-    args.wishes = {name: getattr(args, name) for name in WISHES if getattr(args, name)}
+    if args.max_draws is not None and args.max_draws < 1:
+        raise ValueError(f"--max-draws is {args.max_draws}, but must be at least 1")
+    wishes = {name: getattr(args, name) for name in WISHES}
+    args.wishes = {name: value for name, value in wishes.items() if value or (name, value) == ("max_area_px", 0)}
     return args
 
 
@@ -105,6 +108,8 @@ class Judge:
         if "min_novelty" in wishes:
             self.training, _ = variants(*train.subset(train.defective()).tensors(), config["augment"])
             test = open_dataset(config["data"], size, "test", **data_options(config))
+            if not test.defective():
+                raise ValueError(f"--min-novelty compares with held-out photos, but the split test of {config['data']} has none with a defect")
             self.held_out, _ = test.subset(test.defective()).tensors()
         if "min_fit" in wishes:
             print(f"training a segmenter on {len(train)} images, {FIT_STEPS} steps, to judge the masks")
@@ -121,7 +126,7 @@ class Judge:
         if "min_novelty" in self.wishes:
             checks.append(("copies", novelty(images, self.training, self.held_out) < self.wishes["min_novelty"]))
         if "min_fit" in self.wishes:
-            checks.append(("whose mask does not fit", mask_fit(predict(self.segmenter, images), masks) < self.wishes["min_fit"]))
+            checks.append(("whose mask does not fit", ~(mask_fit(predict(self.segmenter, images), masks) >= self.wishes["min_fit"])))
         return [next((reason for reason, failed in checks if failed[i]), None) for i in range(len(masks))]
 
 
@@ -243,17 +248,21 @@ def draw_wanted(generator, judge, seeds, out, size, args, received):
     with tqdm(total=count, initial=len(kept), unit="pair") as bar:
         for chunk, (images, masks) in drawn_batches(generator, undecided, size, args, received):
             for seed, image, mask, reason in zip(chunk, images, masks, judge(images, masks)):
+                if len(kept) == count:
+                    break
                 if reason:
                     dropped[str(seed)] = reason
-                elif len(kept) < count:
+                else:
                     write_pair(out, f"{seed:06d}", image, mask, KIND)
                     kept.append(seed)
                     bar.update()
             write_json(path, dropped)
             if len(kept) == count:
                 break
-    reasons = Counter(dropped.values())
-    print(f"{len(kept)} of {len(kept) + len(dropped)} pairs wanted ({100 * len(kept) / max(1, len(kept) + len(dropped)):.0f} %), dropped: "
+    decided = seeds[:1 + max(map(seeds.index, kept))] if len(kept) == count else seeds
+    reasons = Counter(dropped[str(seed)] for seed in decided if str(seed) in dropped)
+    drawn = len(kept) + sum(reasons.values())
+    print(f"{len(kept)} of {drawn} pairs wanted ({100 * len(kept) / max(1, drawn):.0f} %), dropped: "
           + (", ".join(f"{n} {reason}" for reason, n in reasons.most_common()) or "none"))
     return kept
 
@@ -267,7 +276,8 @@ def finish(generator, seeds, out, run):
         rows += [("image", [i for i, _ in pairs[start:start + 8]]), ("mask", [overlay(i, m) for i, m in pairs[start:start + 8]])]
     write_image(out / "sheet.png", sheet(rows, classes=generator.classes))
     print(f"{len(seeds)} pairs in {out}, contact sheet {out / 'sheet.png'}")
-    print(f"next: python evaluate.py --run {run}")
+    if out == Path(run) / "samples":
+        print(f"next: python evaluate.py --run {run}")
 
 
 if __name__ == "__main__":

@@ -61,12 +61,15 @@ def train_and_score(name, out, data, quick):
                     (run / "large" / file).symlink_to((out / borrowed / "large" / file).resolve())
         elif steps not in steps_of(run / stage):
             resume = ["--resume"] if steps_of(run / stage) else []
-            train.train(train.parse_args(list(map(str, ["--stage", stage, "--data", data, "--split", split, "--out", run, "--t-range", "full", "--keep", 99,
+            status = train.train(train.parse_args(list(map(str, ["--stage", stage, "--data", data, "--split", split, "--out", run, "--t-range", "full", "--keep", 99,
                         *(TILE if name == "tile" else PILL), "--steps", steps, "--save-every", 2 if quick else 500, *(flags if stage == "small" else []), *resume]))))
-    sample.draw_pairs(sample.parse_args(["--run", str(run), "--count", "8" if quick else "64", "--num-steps", "2" if quick else "20"]))
+            if status:                                              # a signal ended it: the same command goes on
+                raise SystemExit(status)
+    if status := sample.draw_pairs(sample.parse_args(["--run", str(run), "--count", "8" if quick else "64", "--num-steps", "2" if quick else "20"])):
+        raise SystemExit(status)
     report = run / ("quick/metrics.json" if quick else "metrics.json")
     if not (report.exists() and "generation" in read_json(report)):
-        evaluate.evaluate(evaluate.parse_args(["generation", "--run", str(run), "--seeds", "3"] + ["--quick"] * quick))
+        evaluate.evaluate(evaluate.parse_args(["generation", "--run", str(run), "--seeds", "3", "--steps", "150"] + ["--quick"] * quick))
     return read_json(report)["generation"]["numbers"]["measures"]
 
 
@@ -115,7 +118,8 @@ def main():
     results = {name: train_and_score(name, args.out, args.tile if name == "tile" else args.out / "pills", args.quick) for name in names}
     show(results)
     if not args.quick:
-        write_json(ROOT / "docs" / "claim.json", results)
+        path = ROOT / "docs" / "claim.json"
+        write_json(path, {**(read_json(path) if path.exists() else {}), **results})         # without --tile its numbers stay
         plots(results)
 
 

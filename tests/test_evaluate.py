@@ -55,7 +55,7 @@ def test_a_run_trained_at_all_timesteps_is_drawn_with_every_switch_from_the_same
     assert [row[0] for row in result["tables"][0]["rows"]] == ["other real images", "large only", "switch_t 100", "switch_t 200", "switch_t 400", "switch_t 600",
                                                                "switch_t 800", "small only"]
     assert [row[:2] for row in result["tables"][1]["rows"]] == [[step, name] for step in (2, 4) for name in ("large only", "switch_t 600", "small only")]
-    assert result["text"][3] == "sample.py dropped 3 pairs: 2 empty, 1 copies."
+    assert result["text"][3].startswith("sample.py dropped 3 pairs: 2 empty, 1 copies. The row of switch_t 600 shows what was kept")
     for name in ("switches", "switch", "training", "trajectories"):
         assert picture(out / f"quick/figures/{name}.png").std() > 0
     measured = result["numbers"]["measures"]
@@ -240,3 +240,13 @@ def test_class_table_counts_pixels_and_images():
 def test_words_for_file_names_are_short_and_differ():
     words = evaluate.file_words(["drawn:pill", "drawn_pill", 200 * "x", 200 * "x" + "y", '"><b> ü猫'])
     assert words[:2] == ["drawn_pill", "drawn_pill_2"] and len(set(words)) == 5 and max(map(len, words)) < 50 and words[4] == "_b_ü猫"
+
+
+def test_pairs_of_other_weights_and_too_few_held_out_images_are_said(sampled, tmp_path, monkeypatch):
+    run = shutil.copytree(sampled, tmp_path / "run")
+    config = json.loads((run / "samples/config.json").read_text())
+    (run / "samples/config.json").write_text(json.dumps({**config, "weights": "others"}))
+    with pytest.raises(ValueError, match="drawn from other weights than the checkpoint at step 4"):
+        go("generation", "--run", run, "--quick")
+    monkeypatch.setattr(evaluate.Setting, "test", property(lambda self: self.few, lambda self, value: setattr(self, "few", value.subset(value.defective()[:3]))), raising=False)
+    assert "Not run: 3 held-out images" in go("generation", "--run", sampled, "--quick")["generation"]["text"][0]

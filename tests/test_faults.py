@@ -304,8 +304,8 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(trained, data,
     assert DefectGen.load(run).fingerprint == DefectGen.load(wanted).fingerprint
     assert "step_000004.pt: damaged (the checksum of" in capsys.readouterr().err
     pairs = SimpleNamespace(samples=[SimpleNamespace(name="generated/000000"), SimpleNamespace(name="generated/000001")])
-    setting, said = SimpleNamespace(run=run, device="cpu", drawn=(torch.zeros(2), torch.zeros(2)), generated=pairs), []
-    assert evaluate.draw_sets(setting, dict(switch_t=400, num_steps=3, sampler="ddim", spacing="even"), 2, said.append)[1] == 2
+    setting, said = SimpleNamespace(run=run, device="cpu", drawn=(torch.zeros(2), torch.zeros(2)), generated=pairs, size=(16, 16)), []
+    assert evaluate.draw_sets(setting, dict(switch_t=400, num_steps=3, sampler="ddim", spacing="even", size=[16, 16], weights=DefectGen.load(wanted).fingerprint), 2, said.append)[1] == 2
     again = ["--stage", "small", "--data", data, *TINY, "--resume", "--steps", 6]
     for out in (run, wanted):
         assert commands.run("train.py", *again, "--out", out) == 0, commands.output()

@@ -207,3 +207,12 @@ def test_wishes_are_for_one_process(trained, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ValueError, match="--no-empty draws until enough pairs are wanted"):
         go("--run", trained, "--no-empty", "--out", tmp_path / "out")
+
+
+def test_limits_of_0_are_limits_and_the_last_batch_is_decided_no_further_than_needed(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sample.DefectGen, "sample", halves)
+    go("--run", trained, "--count", 3, "--max-area-px", 0, "--batch-size", 16, "--out", tmp_path)
+    assert kept(tmp_path) == [0, 2, 4] and set(read_json(tmp_path / "dropped.json")) == {"1", "3"}
+    assert "3 of 5 pairs wanted (60 %), dropped: 2 above 0 px" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--max-draws is 0"):
+        go("--run", trained, "--no-empty", "--max-draws", 0)
