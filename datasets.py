@@ -38,7 +38,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 import inspect_rules
-from drawn import DRAWN, draw
+from data.drawn import DRAWN, draw
 from inspect_rules import LABELS, read_classes
 
 try:

@@ -21,7 +21,7 @@ import sample                                                                   
 import train                                                                                                  # noqa: E402
 from datasets import print_table, read_json, run_main, write_classes, write_image, write_json, write_pair     # noqa: E402
 from defect_gen import SWITCH_T, steps_of                                                                     # noqa: E402
-from drawn import DRAWN, draw, drawn_kind                                                                     # noqa: E402
+from data.drawn import DRAWN, draw, drawn_kind                                                                     # noqa: E402
 from evaluate import name_of, plot, spread                                                                    # noqa: E402
 
 PILL = ["--size", "32", "32", "--batch-size", "16"]

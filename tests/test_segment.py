@@ -11,7 +11,7 @@ import torchvision
 
 import segment
 from datasets import write_classes, write_pair
-from drawn import draw
+from data.drawn import draw
 from segment import ARCHS, IGNORE, build, confusion_matrix, fit, miou, mix, predict
 
 SMALL = {"mask2former": {"layers": 3, "pixel_layers": 1}}                                    # fewer layers of the same kind, for time
