@@ -1,9 +1,9 @@
-# make demo: train both stages on the drawn pill, draw pairs, evaluate them. make test: the tests; make test-faults: those that break
-# things on purpose, with 20 random moments of a kill where make test takes 4. Each sets up .venv by itself.
+# make demo: train both stages on the drawn pill, draw pairs, evaluate them. make test: the tests; make test-all: the slow ones too.
+# Each sets up .venv by itself.
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: demo test test-faults
+.PHONY: demo test test-all
 demo: .venv/ready
 	rm -rf runs/demo
 	$(RUN) train.py --stage large
@@ -12,10 +12,10 @@ demo: .venv/ready
 	$(RUN) evaluate.py
 
 test: .venv/ready
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -m "not slow"
 
-test-faults: .venv/ready
-	ALL_FAULTS=1 $(RUN) -m pytest -q tests/test_faults.py
+test-all: .venv/ready
+	$(RUN) -m pytest -q
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

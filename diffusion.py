@@ -1,23 +1,20 @@
 """Gaussian diffusion in the notation of DDPM (Ho et al. 2020), x_0-prediction by default.
 
-T = num_timesteps; t runs 0 .. T-1 and t = 0 is the LEAST noisy step, not the clean image. A denoiser is any f(x_t, t) -> x_0
-with t a Python int, so a switch between two networks is an `if`. The schedule is a float64 table that stays on the CPU; every
-scalar is computed from it in float64. The caller owns the randomness: no function here draws noise that was not passed to it.
+T = num_timesteps; t runs 0 .. T-1 and t = 0 is the LEAST noisy step, not the clean image. A denoiser is any
+f(x_t, t) -> x_0 with t a Python int, so a switch between two networks is an `if`. The schedule is a float64
+table that stays on the CPU; every scalar is computed from it in float64. The caller owns the randomness: no
+function here draws noise that was not passed to it.
 
-    python diffusion.py                   # draws the schedule, and where switch_t falls in signal-to-noise
-    python diffusion.py --num-steps 50 --switch-t 600 --spacing even --out schedule.png
+    python diffusion.py                   # the timesteps of sampling, and where switch_t falls in them
+    python diffusion.py --num-steps 50 --switch-t 600 --spacing even
 """
 import argparse
-from pathlib import Path
-
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 
-SCHEDULES = "cosine", "linear"
-TARGETS = "x0", "eps", "v"
-SPACINGS = "logsnr", "quadratic", "even"
+TARGETS = "x0", "v"
+SPACINGS = "logsnr", "even"
 METHODS = "dpm++", "ddim", "ddpm"
 
 
@@ -29,22 +26,18 @@ def check_choice(what, value, choices):
 
 # --- forward process ---
 
-def schedule(T=1000, kind="cosine"):
+def schedule(T=1000):
     """alphas_cumprod[t] = product over s <= t of (1 - betas[s]), the share of signal power left at t.
 
-    cosine: from cos^2((t/T + 0.008) / 1.008 * pi/2), betas clipped at 0.999 (Nichol & Dhariwal 2021, eq. 17; as released).
-    linear: betas from 1e-4 to 0.02, scaled by 1000/T (DDPM, section 4).
+    The cosine schedule (Nichol & Dhariwal 2021, eq. 17; as released): alphas_cumprod follows
+    cos^2((t/T + 0.008) / 1.008 * pi/2), but no beta is above 0.999.
 
-    Returns: (T,) float64 on the CPU, decreasing from ~1 to ~0; with cosine and T = 1000 the last value is 2.4e-9.
+    Returns: (T,) float64 on the CPU, decreasing from ~1 to ~0; with T = 1000 the last value is 2.4e-9.
     """
-    check_choice("schedule", kind, SCHEDULES)
     if T < 1:
         raise ValueError(f"T is {T}, but diffusion needs at least 1 step")
-    if kind == "cosine":
-        f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * torch.pi / 2) ** 2
-        betas = 1 - f[1:] / f[:-1]
-    else:
-        betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
+    f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * torch.pi / 2) ** 2
+    betas = 1 - f[1:] / f[:-1]
     return torch.cumprod(1 - betas.clamp(max=0.999), dim=0)
 
 
@@ -54,7 +47,7 @@ def logsnr(alphas_cumprod):
 
 
 def at(table, t, like):
-    """table[t] to multiply with `like`: (B, 1, 1, 1), or (1, 1, 1, 1) if t is an int. Never waits for the device."""
+    """table[t] to multiply with `like`: (B, 1, 1, 1), or (1, 1, 1, 1) if t is an int. Waits for no device."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     return table.to(dtype).to(like.device, non_blocking=True)[t].view(-1, 1, 1, 1)
 
@@ -70,56 +63,47 @@ def q_sample(x_start, t, noise, alphas_cumprod):
         noise:   (B, C, H, W) float ~ N(0, I). Required: the caller owns the randomness.
         alphas_cumprod: (T,) float64, decreasing from ~1 to ~0.
     Returns: (B, C, H, W), dtype and device of x_start.
-    Raises:  ValueError if noise and x_start differ in shape.
     """
-    if noise.shape != x_start.shape:
-        raise ValueError(f"noise is {tuple(noise.shape)} but x_start is {tuple(x_start.shape)}; they must match")
+    assert noise.shape == x_start.shape
     signal, sigma = at(alphas_cumprod.sqrt(), t, x_start), at((1 - alphas_cumprod).sqrt(), t, x_start)
     return (signal * x_start + sigma * noise).to(x_start.dtype)
 
 
 # --- what the network predicts ---
 
-def target_of(x_start, noise, t, alphas_cumprod, kind="x0"):
+def target_of(x_start, noise, t, alphas_cumprod, target="x0"):
     """What a network with this target should answer at x_t = q_sample(x_start, t, noise).
 
-        x0: x_0        eps: noise        v: sqrt(alphas_cumprod[t]) * noise - sqrt(1 - alphas_cumprod[t]) * x_0
+        x0: x_0            v: sqrt(alphas_cumprod[t]) * noise - sqrt(1 - alphas_cumprod[t]) * x_0
 
     v is Salimans & Ho 2022, appendix D. Arguments as in q_sample. Returns: (B, C, H, W).
     """
-    check_choice("target", kind, TARGETS)
-    if kind == "x0":
+    check_choice("target", target, TARGETS)
+    if target == "x0":
         return x_start
-    if kind == "eps":
-        return noise
     return at(alphas_cumprod.sqrt(), t, noise) * noise - at((1 - alphas_cumprod).sqrt(), t, x_start) * x_start
 
 
-def to_x_start(output, x_t, t, alphas_cumprod, kind="x0"):
+def to_x_start(output, x_t, t, alphas_cumprod, target="x0"):
     """The x_0 that a network's output means: the inverse of target_of.
 
-        eps: (x_t - sqrt(1 - alphas_cumprod[t]) * eps) / sqrt(alphas_cumprod[t])
-        v:   sqrt(alphas_cumprod[t]) * x_t - sqrt(1 - alphas_cumprod[t]) * v
+        x0: output         v: sqrt(alphas_cumprod[t]) * x_t - sqrt(1 - alphas_cumprod[t]) * output
 
-    The root is inverted in float64, so the answer is finite at t = T-1 too; but with eps every rounding error is multiplied by
-    2e4 there (cosine, T = 1000), so clip the result. x0 and v need no division.
+    Neither divides by sqrt(alphas_cumprod[t]), which is 5e-5 at t = T-1.
 
     Args:
         output, x_t: (B, C, H, W) float.
         t:           (B,) int64, or one int for all.
     Returns: (B, C, H, W), at least float32.
     """
-    check_choice("target", kind, TARGETS)
-    if kind == "x0":
+    check_choice("target", target, TARGETS)
+    if target == "x0":
         return output
-    sigma = at((1 - alphas_cumprod).sqrt(), t, x_t)
-    if kind == "eps":
-        return (x_t - sigma * output) * at(alphas_cumprod.rsqrt(), t, x_t)
-    return at(alphas_cumprod.sqrt(), t, x_t) * x_t - sigma * output
+    return at(alphas_cumprod.sqrt(), t, x_t) * x_t - at((1 - alphas_cumprod).sqrt(), t, x_t) * output
 
 
 def training_loss(net, x_start, t, noise, alphas_cumprod, target="x0"):
-    """Mean squared error over all channels and pixels, per image: the caller logs it by timestep, then averages.
+    """Mean squared error over all channels and pixels of each image: the caller logs it by timestep.
 
     Args:
         net: f(x_t, t) -> (B, C, H, W), its answer read as `target`.
@@ -133,16 +117,15 @@ def training_loss(net, x_start, t, noise, alphas_cumprod, target="x0"):
 
 # --- sampling ---
 
-def timesteps(T, num_steps, spacing="logsnr", alphas_cumprod=None):
+def timesteps(T, num_steps, spacing="logsnr"):
     """Choose num_steps of the T steps, T-1 and 0 among them, uniformly on the clock that `spacing` names.
 
-    The clock of log-SNR leaps near T-1 (by 30 dB between the last two steps of the cosine schedule) and would ask for the same
+    The clock of log-SNR leaps near T-1 (by 30 dB between the last two steps) and would ask for the same
     integers again and again. So no interval gets more than one step, and the others share what is left.
 
     Args:
         num_steps: 1 .. T. One step visits T-1 alone.
-        spacing:   logsnr: log signal-to-noise ratio; quadratic: sqrt(t), so dense near 0; even: t.
-        alphas_cumprod: (T,) float64, for logsnr. Default: schedule(T).
+        spacing:   logsnr: log signal-to-noise ratio of schedule(T); even: t.
     Returns: list of num_steps ints, strictly decreasing from T-1 to 0.
     """
     check_choice("spacing", spacing, SPACINGS)
@@ -150,20 +133,18 @@ def timesteps(T, num_steps, spacing="logsnr", alphas_cumprod=None):
         raise ValueError(f"num_steps is {num_steps}, but there are {T} steps to choose from: pass 1 to {T}")
     if num_steps == 1:
         return [T - 1]
-    t = np.arange(T)
-    if spacing == "logsnr":
-        ticks = -np.diff(logsnr(schedule(T) if alphas_cumprod is None else alphas_cumprod).numpy())     # (T-1,) positive
-    else:
-        ticks = np.diff(np.sqrt(t) if spacing == "quadratic" else t)
+    ticks = -np.diff(logsnr(schedule(T)).numpy()) if spacing == "logsnr" else np.ones(T - 1)    # (T-1,) > 0
     low, high = 0.0, 1 / ticks.min()                            # steps per tick, by bisection
     for _ in range(60):
         rate = (low + high) / 2
-        low, high = (rate, high) if np.minimum(1, rate * ticks).sum() < num_steps - 1 else (low, rate)
-    steps_until = np.concatenate([[0], np.cumsum(np.minimum(1, high * ticks))])         # (T,) from 0 to num_steps - 1
+        too_few = np.minimum(1, rate * ticks).sum() < num_steps - 1
+        low, high = (rate, high) if too_few else (low, rate)
+    steps_until = np.concatenate([[0], np.cumsum(np.minimum(1, high * ticks))])     # (T,): 0 .. num_steps - 1
+    nearest = np.rint(np.interp(np.arange(num_steps), steps_until, np.arange(T))).astype(int).tolist()
     steps = []
-    for i, nearest in enumerate(np.rint(np.interp(np.arange(num_steps), steps_until, t)).astype(int).tolist()):
-        # Two may round to one integer: then the later one moves on, always leaving room for those still to come.
-        steps.append(min(max(nearest, steps[-1] + 1 if steps else 0), T - num_steps + i))
+    for i, t in enumerate(nearest):
+        # Two may round to one integer: then the later one moves on, leaving room for those still to come.
+        steps.append(min(max(t, steps[-1] + 1 if steps else 0), T - num_steps + i))
     return steps[::-1]
 
 
@@ -175,8 +156,8 @@ def ddim_step(x_t, pred_x_start, t, t_prev, alphas_cumprod, eta=0.0, noise=None)
         sigma  = eta * sqrt((1 - a_prev) / (1 - a)) * sqrt(1 - a / a_prev)
         x_prev = sqrt(a_prev) * x_0 + sqrt(1 - a_prev - sigma^2) * eps + sigma * noise
 
-    eta = 0 is deterministic; eta = 1 is the DDPM posterior q(x_prev | x_t, x_0) for any t_prev < t (DDPM eq. 7: t_prev = t-1).
-    Nothing is divided by sqrt(a), so t = T-1 is safe.
+    eta = 0 is deterministic; eta = 1 is the DDPM posterior q(x_prev | x_t, x_0) for any t_prev < t (DDPM eq.
+    7: t_prev = t-1). Nothing is divided by sqrt(a), so t = T-1 is safe.
 
     Args:
         x_t, pred_x_start: (B, C, H, W) float.
@@ -188,48 +169,36 @@ def ddim_step(x_t, pred_x_start, t, t_prev, alphas_cumprod, eta=0.0, noise=None)
     a = alphas_cumprod[t].item()
     a_prev = alphas_cumprod[t_prev].item() if t_prev >= 0 else 1.0
     variance = eta ** 2 * (1 - a_prev) / (1 - a) * (1 - a / a_prev)
-    of_x_t = (max(0.0, 1 - a_prev - variance) / (1 - a)) ** 0.5     # rounding may take the difference a hair below 0
+    of_x_t = (max(0.0, 1 - a_prev - variance) / (1 - a)) ** 0.5     # rounding may go a hair below 0
     x_prev = of_x_t * x_t + (a_prev ** 0.5 - of_x_t * a ** 0.5) * pred_x_start
-    if variance > 0:
-        if noise is None or noise.shape != x_t.shape:
-            raise ValueError(f"this step is random, but noise is {'missing' if noise is None else tuple(noise.shape)}: "
-                             f"pass noise of shape {tuple(x_t.shape)}")
-        x_prev = x_prev + variance ** 0.5 * noise
-    return x_prev
+    return x_prev + variance ** 0.5 * noise if variance > 0 else x_prev
 
 
 @torch.inference_mode()
-def sample(denoise, x_T, timesteps, alphas_cumprod, method="dpm++", eta=0.0, noise=None, clip=True, on_step=None):
+def sample(denoise, x_T, timesteps, alphas_cumprod, method="dpm++", noise=None, clip=True, on_step=None):
     """Denoise x_T along one list of timesteps.
 
-    ddim:  ddim_step with the given eta.
+    ddim:  ddim_step with eta = 0.
     ddpm:  ddim_step with eta = 1, ancestral sampling over any subset of steps; no noise in the last step.
-    dpm++: DPM-Solver++(2M) (Lu et al. 2022, algorithm 2). Its update is ddim_step with x_0 extrapolated from the last two
-           predictions, linearly in lambda, half the log-SNR; first order (plain ddim_step) in the first step and the last.
+    dpm++: DPM-Solver++(2M) (Lu et al. 2022, algorithm 2). Its update is ddim_step with x_0 extrapolated from
+           the last two predictions, linearly in lambda, half the log-SNR; plain ddim_step in the first step
+           and the last.
 
     Args:
         denoise:   f(x_t, t) -> x_0, (B, C, H, W); t is a Python int.
         x_T:       (B, C, H, W) float ~ N(0, I).
-        timesteps: ints, strictly decreasing, usually timesteps(T, num_steps); after the last one comes the clean image.
-        eta:       for ddim, in [0, 1].
-        noise:     callable returning the next (B, C, H, W) draw, see noise_for; needed by ddpm and by ddim with eta > 0.
+        timesteps: ints, strictly decreasing, usually timesteps(T, num_steps); after the last one comes the
+                   clean image.
+        noise:     for ddpm: callable that returns the next (B, C, H, W) draw, see noise_for.
         clip:      clamp each predicted x_0 to [-1, 1].
         on_step:   called as on_step(t, x_t, pred_x_start) after each call of denoise.
     Returns: (B, C, H, W) x_0, dtype and device of x_T.
     """
     check_choice("sampler", method, METHODS)
-    steps = list(timesteps)
-    if not steps or steps[-1] < 0 or any(t <= t_prev for t, t_prev in zip(steps, steps[1:])):
-        raise ValueError(f"timesteps must decrease strictly and end at 0 or above, but they are {steps}")
-    if eta and method != "ddim":
-        raise ValueError(f"eta is {eta}, but only ddim has a choice: ddpm always adds its noise, dpm++ never any")
-    eta = {"ddim": eta, "ddpm": 1.0, "dpm++": 0.0}[method]
-    if eta > 0 and noise is None:
-        raise ValueError(f"sampler {method} with eta {eta} is random: pass noise=noise_for(seeds, shape)")
     lambdas = (logsnr(alphas_cumprod) / 2).tolist()
 
     x, last = x_T, None                                         # last: (t, predicted x_0) of the step before
-    for t, t_prev in zip(steps, steps[1:] + [-1]):
+    for t, t_prev in zip(timesteps, timesteps[1:] + [-1]):
         pred_x_start = denoise(x, t).to(x.dtype)
         if clip:
             pred_x_start = pred_x_start.clamp(-1, 1)
@@ -239,7 +208,10 @@ def sample(denoise, x_T, timesteps, alphas_cumprod, method="dpm++", eta=0.0, noi
         if method == "dpm++" and last is not None and t_prev >= 0:
             r = (lambdas[t] - lambdas[last[0]]) / (lambdas[t_prev] - lambdas[t])
             direction = pred_x_start + (pred_x_start - last[1]) / (2 * r)
-        x = ddim_step(x, direction, t, t_prev, alphas_cumprod, eta, noise() if eta > 0 and t_prev >= 0 else None)
+        if method == "ddpm" and t_prev >= 0:
+            x = ddim_step(x, direction, t, t_prev, alphas_cumprod, eta=1.0, noise=noise())
+        else:
+            x = ddim_step(x, direction, t, t_prev, alphas_cumprod)
         last = t, pred_x_start
     return x
 
@@ -247,10 +219,11 @@ def sample(denoise, x_T, timesteps, alphas_cumprod, method="dpm++", eta=0.0, noi
 # --- randomness ---
 
 def rng(seed, *salt):
-    """A CPU generator that is a function of its integer arguments alone: rng(seed, step) needs no state to resume.
+    """A CPU generator that depends on its integer arguments alone: rng(seed, step) needs no state to resume.
 
-    torch seeds its CPU generator with 32 bits and drops the rest, so with a hash two of 100,000 image seeds would likely meet.
-    Each round here is a bijection of 32 bits (MurmurHash3's finaliser): with equal salt, different seeds below 2^32 never do.
+    torch seeds its CPU generator with 32 bits and drops the rest, so with a hash two of 100,000 image seeds
+    would likely meet. Each round here is a bijection of 32 bits (MurmurHash3's finaliser): with equal salt,
+    different seeds below 2^32 never do.
     """
     state = 0
     for value in (*salt, seed):
@@ -267,88 +240,34 @@ def noise_for(seeds, shape, device="cpu"):
     Drawn on the CPU and moved: image 17 gets the same numbers alone, in a batch of 64 and on any device.
     """
     generators = [rng(seed) for seed in seeds]
-    return lambda: torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+
+    def draw():
+        return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+    return draw
 
 
-# --- the schedule as a picture and a table ---
-
-LARGE_COLOUR, SMALL_COLOUR, AXIS_COLOUR = (31, 119, 180), (214, 96, 20), (120, 120, 120)
-
-
-def draw_panel(draw, box, title, curve, low, high, ticks, steps, switch_t):
-    """One curve over t in box (left, top, right, bottom), coloured by the network that owns t; the chosen steps as dots."""
-    (left, top, right, bottom), T = box, len(curve)
-    font = ImageFont.load_default(16)
-
-    def x_of(t):
-        return left + (right - left) * t / max(1, T - 1)
-
-    def y_of(value):
-        return bottom - (bottom - top) * (value - low) / (high - low)
-
-    draw.text((left, top - 30), title, "black", font)
-    for value, label in ticks:
-        draw.line([left, y_of(value), right, y_of(value)], (225, 225, 225))
-        draw.text((left - 10, y_of(value)), label, AXIS_COLOUR, font, anchor="rm")
-    for t in *range(0, T - T // 10, max(1, T // 5)), T - 1:
-        draw.line([x_of(t), bottom, x_of(t), bottom + 5], AXIS_COLOUR)
-        draw.text((x_of(t), bottom + 8), f"{t}", AXIS_COLOUR, font, anchor="ma")
-    draw.rectangle(box, outline=AXIS_COLOUR)
-    points = [(x_of(t), y_of(value)) for t, value in enumerate(curve)]
-    for t in range(T - 1):
-        draw.line([points[t], points[t + 1]], LARGE_COLOUR if t >= switch_t else SMALL_COLOUR, 3)
-    for t in steps:
-        draw.circle(points[t], 5, "white", LARGE_COLOUR if t >= switch_t else SMALL_COLOUR, 2)
-    for y in range(top, bottom, 12):
-        draw.line([x_of(switch_t), y, x_of(switch_t), min(y + 6, bottom)], "black", 2)
-
-
-def draw_schedule(alphas_cumprod, steps, switch_t):
-    """PIL image: alphas_cumprod and the signal-to-noise ratio in dB over t, with switch_t and the chosen steps marked."""
-    snr_db = (logsnr(alphas_cumprod) * 10 / np.log(10)).tolist()
-    low, high = 20 * np.floor(min(snr_db) / 20), 20 * np.ceil(max(snr_db) / 20)
-    image = Image.new("RGB", (900, 820), "white")
-    draw = ImageDraw.Draw(image)
-    draw_panel(draw, (80, 80, 870, 380), "alphas_cumprod: share of signal power", alphas_cumprod.tolist(), 0, 1,
-               [(v / 4, f"{v / 4:.2f}") for v in range(5)], steps, switch_t)
-    draw_panel(draw, (80, 450, 870, 760), "signal-to-noise ratio, dB", snr_db, low, high,
-               [(v, f"{v:.0f}") for v in np.arange(low, high + 1, 20)], steps, switch_t)
-    font = ImageFont.load_default(16)
-    draw.text((80, 14), f"small network: t < {switch_t}", SMALL_COLOUR, font)
-    draw.text((330, 14), f"large network: t >= {switch_t}", LARGE_COLOUR, font)
-    draw.text((870, 14), f"dots: the {len(steps)} timesteps", "black", font, anchor="ra")
-    draw.text((475, 792), "t (0 = least noisy)", AXIS_COLOUR, font, anchor="ma")
-    return image
-
+# --- python diffusion.py ---
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw the noise schedule and where switch_t falls in signal-to-noise.",
+    parser = argparse.ArgumentParser(description="Where the timesteps of sampling fall in signal-to-noise.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="noise schedule")
     parser.add_argument("--T", type=int, default=1000, help="number of timesteps of the schedule")
     parser.add_argument("--num-steps", type=int, default=20, help="timesteps that sampling visits")
-    parser.add_argument("--spacing", choices=SPACINGS, default="logsnr", help="how they are spread over 0 .. T-1")
+    parser.add_argument("--spacing", choices=SPACINGS, default="logsnr", help="how they are spread")
     parser.add_argument("--switch-t", type=int, default=400, help="the large network owns t >= switch_t")
-    parser.add_argument("--out", type=Path, default=Path("diffusion_schedule.png"), help="picture to write")
     args = parser.parse_args()
-
     try:
-        alphas_cumprod = schedule(args.T, args.schedule)
-        steps = timesteps(args.T, args.num_steps, args.spacing, alphas_cumprod)
+        alphas_cumprod = schedule(args.T)
+        steps = timesteps(args.T, args.num_steps, args.spacing)
     except ValueError as error:
         parser.error(str(error))
     print(f"{'t':>5} {'alphas_cumprod':>15} {'snr dB':>8}  network")
     for t in steps:
         snr_db = 10 * np.log10(np.e) * logsnr(alphas_cumprod)[t].item()
-        print(f"{t:5} {alphas_cumprod[t].item():15.6g} {snr_db:8.1f}  {'large' if t >= args.switch_t else 'small'}")
+        network = "large" if t >= args.switch_t else "small"
+        print(f"{t:5} {alphas_cumprod[t].item():15.6g} {snr_db:8.1f}  {network}")
     calls = sum(t >= args.switch_t for t in steps)
     print(f"calls: large {calls}, small {len(steps) - calls}")
-    try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        draw_schedule(alphas_cumprod, steps, args.switch_t).save(args.out)
-    except (OSError, ValueError) as error:
-        parser.error(f"--out {args.out}: cannot be written ({error})")
-    print(f"picture: {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""What the tests share: a small data set on disk, a run trained on it in seconds, and a way to run the commands as a user does."""
-import contextlib
-import io
+"""What the tests share: a small data set, a run trained on it in seconds, commands run as users run them."""
 import os
 import subprocess
 import sys
@@ -11,33 +9,27 @@ import pytest
 import torch
 from PIL import Image
 
-import datasets
 import train
 from datasets import write_classes, write_pair
 
 ROOT = Path(__file__).parent.parent
+TINY = ["--size", "16", "16", "--steps", "4", "--batch-size", "2", "--save-every", "2", "--device", "cpu"]
 torch.set_num_threads(1)            # small tensors: more threads only wait for each other
 
 
 def run(script, *flags, cwd=ROOT, launcher=()):
-    """Run one of the commands in a process of its own, or in those of a launcher; returns it with .returncode, .stdout and .stderr."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *launcher, ROOT / script, *map(str, flags)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    """Run a command in a process of its own; returns it with .returncode, .stdout and .stderr."""
+    command = [sys.executable, *launcher, ROOT / script, *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
+                          text=True, timeout=300)
 
 
-def run_audit(*flags, code=0):
-    """python datasets.py in this process: its output."""
-    out, arguments, sys.argv = io.StringIO(), sys.argv, ["datasets.py", *map(str, flags)]
-    try:
-        with contextlib.redirect_stdout(out):
-            assert datasets.main() == code, out.getvalue()
-    finally:
-        sys.argv = arguments
-    return out.getvalue()
+def picture(path):
+    return np.array(Image.open(path))
 
 
 def make_data(folder, kinds=("crack", "dirt", "good"), count=8, size=(24, 32)):
-    """A Defect Spectrum folder: noise pictures with a square of class 1 (crack) or 2 (dirt), none on good ones."""
+    """A Defect Spectrum folder: noise with a square of class 1 (crack) or 2 (dirt), none on good ones."""
     random = np.random.default_rng(0)
     for k, kind in enumerate(kinds):
         for i in range(count):
@@ -55,22 +47,18 @@ def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("data") / "bolt")
 
 
-TINY = ["--size", "16", "16", "--steps", "4", "--batch-size", "2", "--save-every", "2", "--device", "cpu"]
-
-
 @pytest.fixture(scope="session")
 def trained(data, tmp_path_factory):
-    """A run folder with both stages, four steps each. Their averages, which would draw one grey for every seed, are shaken."""
+    """A run folder with both stages, four steps each.
+
+    Their averages, which would draw one grey for every seed, are shaken.
+    """
     out = tmp_path_factory.mktemp("runs") / "bolt"
     for stage in ("large", "small"):
         train.train(train.parse_args(["--stage", stage, "--data", str(data), "--out", str(out), *TINY]))
-        path, rng = out / stage / "step_000004.pt", torch.Generator().manual_seed(0)
+        path, random = out / stage / "step_000004.pt", torch.Generator().manual_seed(0)
         checkpoint = torch.load(path, weights_only=True)
         for value in checkpoint["ema"].values():
-            value.add_(0.05 * torch.randn(value.shape, generator=rng))
+            value.add_(0.05 * torch.randn(value.shape, generator=random))
         torch.save(checkpoint, path)
     return out
-
-
-def picture(path):
-    return np.array(Image.open(path))

@@ -1,5 +1,10 @@
-"""Folders are read as they are on disk: paired by stem, every image mode, and faults named in one sentence."""
+"""Folders are read as they lie on disk: paired by stem, every image mode, faults named in one sentence."""
+import io
 import json
+import random
+import resource
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,367 +12,428 @@ import torch
 from PIL import Image
 
 import datasets
-from conftest import run_audit
-from datasets import (AUGMENTATIONS, FITS, audit, augment, bench, colorize, few_shot_split, fingerprint, natural, near_duplicates,
-                      open_dataset, overlay, pair_paths, placed, read_image, read_mask, sheet, unfit, write_classes, write_image, write_pair)
+from conftest import make_data, picture
+from datasets import (AUGMENTATIONS, CLASS_TABLES, LABELS, NO_DEFECT, audit, augment, colorize, files_in,
+                      find_dataset, find_objects, natural, open_dataset, open_picture, overlay, pair_paths,
+                      read_mask, sheet, to_array, to_mode, write_atomically, write_classes, write_image,
+                      write_json, write_pair)
 from diffusion import rng
 
 CLASSES = ("background", "crack", "dirt")
+KINDS = {"crack": (1,), "dirt": (2,), "combined": (2, 1), "good": ()}
+ON_DISK = {     # photos and masks of every layout; {kind} is a folder or, in flat ones, a part of the name
+    "defect spectrum": ("image/{kind}/{n:03d}.png", "mask/{kind}/{n:03d}_mask.png"),
+    "flat": ("image/{n}{kind}.JPG", "mask/{n}{kind}_mask.png"),
+    "images, masks": ("images/{kind}/photo {n}.bmp", "masks/{kind}/photo {n}.png"),
+    "flat images, masks": ("images/{n}_{kind}.webp", "masks/{n}_{kind}_mask.png"),
+    "mvtec": ("test/{kind}/{n:03d}.png", "ground_truth/{kind}/{n:03d}_mask.png")}
 
 
 def save(path, array, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.asarray(array, np.uint8)).save(path, **options)
+    return path
 
 
-def make_folder(root, kinds=("crack", "dirt"), count=3, size=(24, 32), masks=True):
-    """A Defect Spectrum folder with `count` images per kind; the mask of image i of kind k is a square of class k + 1."""
-    rng = np.random.default_rng(0)
-    for k, kind in enumerate(kinds):
-        for i in range(count):
-            save(root / f"image/{kind}/{i:03d}.png", rng.integers(0, 256, (*size, 3)))
-            mask = np.zeros(size, np.uint8)
-            mask[4 + i:12 + i, 4:12] = k + 1
-            if masks:
-                save(root / f"mask/{kind}/{i:03d}_mask.png", mask)
-    save(root / "image/good/000.png", rng.integers(0, 256, (*size, 3)))
-    write_classes(root, CLASSES)
-    return root
+def build(root, layout, count=7):
+    """Write a data set; returns {sample name: (photo, mask file or None, the mask to be read)}."""
+    written, noise, flat = {}, np.random.default_rng(0), layout.startswith("flat")
+    for kind, values in KINDS.items():
+        for n in range(count) if (layout, kind) != ("mvtec", "combined") else ():
+            photo, mask_path = (root / path.format(kind=kind, n=n) for path in ON_DISK[layout])
+            save(photo, noise.integers(0, 256, (24, 32, 3)))
+            mask = np.zeros((24, 32), np.uint8)
+            for value in values:
+                mask[2 + n:6 + 2 * n, 10 * value:10 * value + 8] = value
+            if values or flat:
+                save(mask_path, (mask > 0) * 255 if layout == "mvtec" else mask)
+            name = photo.stem if flat else f"{kind}/{photo.stem}"
+            written[name] = photo, mask_path if values or flat else None, mask
+    if layout != "mvtec":
+        write_classes(root, CLASSES)
+    for stray in (root / ".DS_Store", photo.with_name(".hidden.png"), photo.with_name("notes.md")):
+        stray.write_text("x")
+    return written
 
 
-def test_defect_spectrum_is_read_pixel_for_pixel(tmp_path):
-    data = open_dataset(make_folder(tmp_path / "bolt"))
-    assert (data.name, data.classes, len(data), data.channels) == ("bolt", CLASSES, 7, 3)
-    for i, sample in enumerate(data.samples):
-        image, mask = data[i]
-        assert image.shape == (3, 24, 32) and image.dtype == torch.uint8 and mask.dtype == torch.int64
-        assert np.array_equal(image, np.array(Image.open(sample.image)).transpose(2, 0, 1))
-        if sample.kind == "good":
-            assert mask.sum() == 0
-        else:
-            assert np.array_equal(mask, np.array(Image.open(sample.mask))) and mask.sum() > 0
-    assert data.native_size(0) == (24, 32)
+def says(words, function, *arguments, **options):
+    """The call is refused with a sentence that holds these words."""
+    with pytest.raises((ValueError, OSError), match=words):
+        function(*arguments, **options)
 
 
-def test_mvtec_masks_get_the_class_of_their_kind(tmp_path):
-    for kind in ("cut", "hole"):
-        save(tmp_path / f"test/{kind}/000.png", np.zeros((8, 8, 3)))
-        save(tmp_path / f"ground_truth/{kind}/000_mask.png", np.pad(np.full((2, 2), 255), 3))
-    save(tmp_path / "test/good/000.png", np.zeros((8, 8, 3)))
-    data = open_dataset(tmp_path)
-    assert data.classes == ("background", "cut", "hole")
-    assert {s.kind: data[i][1].unique().tolist() for i, s in enumerate(data.samples)} == {"cut": [0, 1], "hole": [0, 2], "good": [0]}
+# --- what lies in a folder ---
+
+@pytest.mark.parametrize("layout", ON_DISK)
+def test_each_layout_is_read_pixel_for_pixel_split_by_a_rule_and_counted(tmp_path, layout):
+    written, flat = build(tmp_path / "bolt", layout), layout.startswith("flat")
+    data, masks = open_dataset(tmp_path / "bolt"), [mask for _, _, mask in written.values()]
+    assert (data.name, data.classes, data.channels, data.problems) == ("bolt", CLASSES, 3, [])
+    assert sorted(s.name for s in data.samples) == sorted(written)
+    for (image, mask), sample in zip(data, data.samples):
+        photo, _, expected = written[sample.name]
+        assert image.dtype == mask.dtype == torch.uint8 and np.array_equal(mask, expected)
+        assert np.array_equal(image, picture(photo).transpose(2, 0, 1))
+        assert sample.kind == ("" if flat else photo.parent.name)
+    assert data.defective() == [i for i, s in enumerate(data.samples) if written[s.name][2].any()]
+
+    train, test = (open_dataset(tmp_path / "bolt", split=split) for split in ("train", "test"))
+    names, rule = [s.name for s in train.samples], "class" if flat else "kind"
+    assert sorted(names + [s.name for s in test.samples]) == sorted(written)
+    assert f"images (split train: the first 5 images of each {rule} train), " in datasets.describe(train)
+    for k in (1, 2) if flat else ():
+        assert set([s.name for s in data.samples if (written[s.name][2] == k).any()][:5]) <= set(names)
+    assert flat or [name[-1] for name in names] == [*"01234"] * (len(written) // 7)
+
+    report, count = audit(data), len(written)
+    assert (report["images"], report["sizes"], report["channels"]) == (count, {"24x32": count}, 3)
+    assert report["annotated"] == sum(mask.any() for mask in masks) and not report["problems"]
+    assert report["several_classes"] == sum(len(np.unique(mask)) > 2 for mask in masks)
+    for k, name in enumerate(CLASSES):
+        assert sorted(report["classes"][name]) == sorted((m == k).sum() for m in masks if (m == k).any())
+    assert set(report["kinds"].values()) == {count if flat else 7}
 
 
-def test_pairs_go_by_stem_in_natural_order_and_strays_are_skipped(tmp_path):
-    root = make_folder(tmp_path, kinds=("crack",), count=1)
-    for n, stem in enumerate(["2", "10"]):
-        save(root / f"image/crack/{stem}.JPG", np.full((24, 32, 3), 50 * n))
-        save(root / f"mask/crack/{stem}_mask.png", np.full((24, 32), n + 1))
-    (root / "image/crack/.DS_Store").write_text("x")
-    (root / "image/crack/notes.md").write_text("x")
-    (root / "image/.hidden").mkdir()
-    data = open_dataset(root)
-    assert [s.name for s in data.samples] == ["crack/000", "crack/2", "crack/10", "good/000"]
-    assert [data[i][1].max().item() for i in (1, 2)] == [1, 2]
-    assert sorted(["1836", "472", "a10", "a9"], key=natural) == ["472", "1836", "a9", "a10"]
+@pytest.mark.parametrize("layout", ON_DISK)
+def test_damaged_files_are_named_by_the_reader_and_in_the_audit_of_the_rest(tmp_path, layout):
+    victims = [files[k] for k, files in zip((1, 0), [*build(tmp_path, layout).values()][4:])]
+    for victim in victims:
+        victim.write_bytes(victim.read_bytes()[:-40])
+    data = open_dataset(tmp_path, (16, 20))
+    says(f"(?s)2 of {len(data)} samples of .* cannot be used.*{victims[0]}.*{victims[1]}", data.tensors)
+    report = audit(data)
+    assert all(str(victim) in problem for victim, problem in zip(victims, report["problems"], strict=True))
+    assert sum(report["sizes"].values()) == len(data) - 2
 
 
-@pytest.mark.parametrize("mode, expected", [("L", 200), ("RGB", 200), ("RGBA", 200), ("P", 200), ("LA", 200), ("1", 255), ("I;16", 200), ("CMYK", 200)])
-def test_every_image_mode_becomes_uint8(tmp_path, mode, expected):
-    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
-    if mode == "I;16":
-        Image.fromarray(np.full((6, 4), 200 * 257, np.uint16)).save(path)
-    else:
-        Image.fromarray(np.full((6, 4), expected, np.uint8)).convert(mode).save(path)
+def test_masks_are_resized_nearest_only_and_photos_bilinear(tmp_path):
+    written = build(tmp_path, "defect spectrum")
+    data = open_dataset(tmp_path, (13, 20))
+    images, masks = data.tensors()
+    assert images.shape == (28, 3, 13, 20) and masks.shape == (28, 13, 20) and masks.dtype == torch.uint8
+    rows, columns = (((np.arange(n) + 0.5) * full / n).astype(int) for n, full in ((13, 24), (20, 32)))
+    for image, mask, sample in zip(images, masks, data.samples):
+        photo, _, native = written[sample.name]
+        assert np.array_equal(mask, native[np.ix_(rows, columns)])              # a blend of 0 and 2 is 1
+        assert np.array_equal(image, to_array(Image.open(photo).resize((20, 13), Image.BILINEAR)))
+
+
+def test_random_trees_pair_by_stem(tmp_path):
+    """40 random folders: what is read is what has a partner, and what has none is named."""
+    for trial in range(40):
+        draw, root, there = random.Random(trial), tmp_path / str(trial), {}
+        for kind in draw.sample(["crack", "good", "ok", "a b", "10", "2", ""], 3):
+            for stem in draw.sample(["0", "000", "1_mask", "x.y", "Z", "007"], 4):
+                there[kind, stem] = image, mask = draw.random() < 0.8, draw.random() < 0.7
+                if image:
+                    save(root / f"image/{kind}/{stem}.{draw.choice(['png', 'JPG', 'bmp'])}", np.zeros((8, 8)))
+                if mask:
+                    save(root / f"mask/{kind}/{stem}_mask.png", np.ones((8, 8)))
+        write_classes(root, ("background", "x"))
+        if (root / "image").is_dir():
+            data = find_dataset(root)
+            paired = {f"{kind}/{stem}".lstrip("/"): mask for (kind, stem), (image, mask) in there.items()
+                      if image and (mask or kind in NO_DEFECT)}
+            assert {s.name: s.mask is not None for s in data.samples} == paired
+            assert all(s.mask is None or s.mask.stem == f"{s.image.stem}_mask" for s in data.samples)
+            assert len(data.problems) == sum(image or mask for image, mask in there.values()) - len(paired)
+
+
+def test_unpaired_files_are_listed_both_ways_and_two_files_of_one_stem(tmp_path):
+    root = make_data(tmp_path, count=3)
+    (root / "mask/crack/001_mask.png").unlink()
+    (root / "image/dirt/002.png").unlink()
+    shutil.copy(root / "image/crack/000.png", root / "image/crack/000.bmp")
+    for split in None, "train":
+        says(r"3 files find no partner of their name: image/crack/000.png \(no mask\), image/crack/001.png "
+             r"\(no mask\), mask/dirt/002_mask.png \(no image\)", open_dataset, root, split=split)
+
+
+def test_the_order_is_natural_and_does_not_depend_on_the_file_system(tmp_path, monkeypatch):
+    assert sorted(["1836", "472", "a10", "a9", "a²"], key=natural) == ["472", "1836", "a9", "a10", "a²"]
+    names, iterdir = [], Path.iterdir
+    for stem in ("A", "a", "b", "B", "10", "9"):
+        save(tmp_path / f"{stem}.png", np.zeros((2, 2)))
+    for backwards in False, True:
+        monkeypatch.setattr(Path, "iterdir", lambda self: sorted(iterdir(self), reverse=backwards))
+        names.append(list(files_in(tmp_path)))
+    assert names[0] == names[1] and names[0][:2] == ["9", "10"]
+
+
+def test_a_listing_opens_one_file_only_to_see_that_it_is_in_colour(data, monkeypatch):
+    opened, real = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda *a, **k: opened.append(a) or real(*a, **k))
+    assert len(open_dataset(data, (16, 16))) == 24 and len(opened) == 1
+
+
+def test_split_json_wins_and_its_names_do_not_leave_the_folder(tmp_path):
+    root = make_data(tmp_path / "bolt", count=3)
+    shutil.copytree(root, tmp_path / "secret")
+    splits = {"train": ["dirt/002"], "test": ["crack/000", "good/000"], "none": []}
+    write_json(root / "split.json", splits)
+    data = open_dataset(root, split="test")
+    assert [s.name for s in data.samples] == splits["test"] and data.split_rule == "split test: split.json"
+    says("bolt has no split 'val'; there are train, test, none", open_dataset, root, split="val")
+    says("the split 'none' of bolt is empty", open_dataset, root, split="none")
+    for name in ("dirt/999", "../../secret/image/crack/000", "/etc/passwd", "crack/../crack/000"):
+        write_json(root / "split.json", {"train": [name]})
+        says(f"split.json, 'train': 1 images are not there: {name}", open_dataset, root, split="train")
+
+
+@pytest.mark.parametrize("name, texts", [
+    ("split.json", ["[1]", "[]", '{"train": null}', '{"train": [["a"]]}', "[" * 100_000, "1" * 10_000]),
+    ("classes.json", ["[1, 2]", '{"0": "background", "2": "crack"}', '{"0": "crack"}', "{"])])
+def test_json_of_another_shape_is_a_sentence(tmp_path, name, texts):
+    root = make_data(tmp_path, count=1)
+    for text in texts:
+        (root / name).write_text(text)
+        says(f"{name}: (expected|cannot be read as JSON)", open_dataset, root, split="train")
+
+
+# --- class tables, folders of several objects, drawn products ---
+
+def test_tables_are_shipped_overridden_by_classes_json_and_else_counted_from_the_masks(tmp_path):
+    assert {**CLASS_TABLES, **LABELS} == CLASS_TABLES and len(CLASS_TABLES) == 15 + 6 + 3
+    assert [len(CLASS_TABLES[name]) for name in ("cable", "hazelnut", "toothbrush", "Ring")] == [9, 5, 4, 5]
+    pill, bolt = (make_data(tmp_path / name, count=24, size=(48, 48)) for name in ("pill", "bolt"))
+    assert open_dataset(pill).classes == CLASSES and len(open_dataset(pill)) == 72      # own data: all of it
+    for root in pill, bolt:
+        (root / "classes.json").unlink()
+    data = open_dataset(pill)
+    assert data.classes == LABELS["pill"] and len(data) == 24 + 24 + 2          # 22 good ones are metal nuts
+    assert "left out, photos of another product: good/000, good/001" in datasets.describe(data)
+    assert open_dataset(bolt).classes == ("background", "class_1", "class_2")
+    save(bolt / "mask/crack/001_mask.png", np.full((48, 48), 255))
+    says(f"{bolt}: .* the value 255 .*python data/convert.py {bolt} --out NEW", open_dataset, bolt)
+
+
+def test_a_root_lists_its_objects(tmp_path):
+    names = ["DS-MVTec/pill", "DS-MVTec/wood", "DS-VISION/Wood", "other/wood"]
+    for name in names:
+        build(tmp_path / name, "images, masks", count=1)
+    assert list(find_objects(tmp_path)) == names
+    says(f"holds several; choose one with --object: {', '.join(names)}", open_dataset, tmp_path)
+    says("--object tablet: not in .*; there are DS-MVTec/pill", open_dataset, tmp_path, object="tablet")
+    says("holds several; .*: DS-MVTec/wood, other/wood", open_dataset, tmp_path, object="wood")
+    assert open_dataset(tmp_path, object="Wood").samples[0].image.is_relative_to(tmp_path / "DS-VISION")
+    assert open_dataset(tmp_path, object="other/wood").name == "wood"
+    assert open_dataset(tmp_path / "DS-VISION").name == "Wood"                      # only one there
+
+
+def test_missing_empty_and_unknown_data_are_sentences(tmp_path):
+    (tmp_path / "bolt").mkdir()
+    says("--data .*bold: no such folder; .* holds bolt", open_dataset, tmp_path / "bold")
+    says("(?s)no layout that is read.*Defect Spectrum.*MVTec AD.*convert.py", open_dataset, tmp_path / "bolt")
+    (tmp_path / "bolt/image/crack").mkdir(parents=True)
+    says("bolt: no images in it; expected", open_dataset, tmp_path)
+    says("unknown drawn object 'drawn:tablet'; there are drawn:pill, ", open_dataset, "drawn:tablet")
+    says("--size 0 4: height and width must be at least 1", open_dataset, "drawn:pill", (0, 4))
+
+
+@pytest.mark.parametrize("spec, classes", [("drawn:pill", LABELS["pill"][:6]),
+                                           ("drawn:pill:original", ("background", "defect"))])
+def test_drawn_products_are_a_data_set_in_both_annotations(spec, classes):
+    data = open_dataset(spec, (48, 64), "train")
+    images, masks = data.tensors()
+    assert data.classes[:len(classes)] == classes and images.shape == (35, 3, 48, 64)
+    assert images.dtype == masks.dtype == torch.uint8 and masks.unique().tolist() == [*range(len(classes))]
+    assert {data.samples[i].kind for i in data.defective()} == {s.kind for s in data.samples} - {"good"}
+    assert data.read_mask(0).dtype == np.uint8 and data.read_mask(0).shape == (800, 800)
+
+
+# --- pictures ---
+
+def read(path, channels=3):
+    return to_array(to_mode(open_picture(path), channels))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "LA", "1", "I;16", "I", "F", "CMYK"])
+def test_every_image_mode_becomes_uint8(tmp_path, mode):
+    value, path = 255 if mode == "1" else 200, tmp_path / ("x.tif" if mode in ("I", "F", "CMYK") else "x.png")
+    wide = Image.fromarray(np.full((6, 4), value * 257, np.uint16))
+    (wide if mode == "I;16" else Image.new("L", (4, 6), value).convert(mode)).save(path)
     for channels in (1, 3):
-        image = read_image(path, channels)
-        assert image.shape == (channels, 6, 4) and image.dtype == np.uint8 and abs(int(image.mean()) - expected) <= 1
-
-
-def test_an_exif_rotated_photo_is_turned_upright(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6                                                # turn by 90 degrees
-    save(tmp_path / "image/crack/0.jpg", np.zeros((8, 16, 3)), exif=exif)
-    save(tmp_path / "mask/crack/0_mask.png", np.ones((16, 8)))
-    data = open_dataset(tmp_path)
-    assert data.native_size(0) == (16, 8) and data[0][0].shape == (3, 16, 8)
+        image = read(path, channels)
+        assert image.shape == (channels, 6, 4) and image.dtype == np.uint8
+        assert np.abs(image.astype(int) - value).max() <= 1
 
 
 def test_grey_files_give_one_channel_and_one_colour_file_makes_three(tmp_path):
-    save(tmp_path / "image/crack/0.png", np.zeros((8, 8)))
-    save(tmp_path / "mask/crack/0_mask.png", np.ones((8, 8)))
-    assert open_dataset(tmp_path).channels == 1
-    save(tmp_path / "image/crack/1.png", np.zeros((8, 8, 3)))
-    save(tmp_path / "mask/crack/1_mask.png", np.ones((8, 8)))
-    assert open_dataset(tmp_path)[0][0].shape == (3, 8, 8)
+    for stem, shape, channels in (("0", (8, 8), 1), ("1", (8, 8, 3), 3)):
+        save(tmp_path / f"image/crack/{stem}.png", np.zeros(shape))
+        save(tmp_path / f"mask/crack/{stem}_mask.png", np.ones((8, 8)))
+        assert open_dataset(tmp_path)[0][0].shape == (channels, 8, 8)
 
 
-def test_masks_are_resized_nearest_only(tmp_path):
-    data = open_dataset(make_folder(tmp_path), size=(16, 20))
-    images, masks = data.tensors()
-    assert images.shape == (7, 3, 16, 20) and masks.shape == (7, 16, 20)
-    for i in range(len(data)):
-        native = set(data.read(i)[1].unique().tolist())
-        assert set(masks[i].unique().tolist()) <= native            # a blend of 0 and 2 would be 1
+def encoded(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
 
 
-def test_few_shot_split_takes_the_first_n_of_each_kind(tmp_path):
-    data = open_dataset(make_folder(tmp_path, count=12))
-    train, rest = few_shot_split(data, 5)
-    assert [data.samples[i].name for i in train] == [f"{k}/{i:03d}" for k in ("crack", "dirt") for i in range(5)] + ["good/000"]
-    assert sorted(train + rest) == list(range(len(data)))
-    assert len(open_dataset(tmp_path, split="train")) == 11 and len(open_dataset(tmp_path, split="test")) == 14
+PIXELS = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
+PHOTO, TURNED = Image.fromarray(PIXELS), Image.Exif()
+TURNED[0x0112] = 6                                                              # by 90 degrees
+NAN = Image.fromarray(np.full((24, 32), np.nan, np.float32))
+PICTURES = {                    # name: (bytes, what is read: pixels or a shape; or the words of the error)
+    "truncated.png": (encoded(PHOTO, "PNG")[:900], "truncated"),
+    "empty.png": (b"", "cannot identify image file"),
+    "text.png": (b"not a picture", "cannot identify image file"),
+    "jpeg called.png": (encoded(PHOTO, "JPEG"), (3, 24, 32)),
+    "gif called.jpg": (encoded(PHOTO, "GIF"), (3, 24, 32)),
+    "cmyk.jpg": (encoded(PHOTO.convert("CMYK"), "JPEG"), (3, 24, 32)),
+    "turned.jpg": (encoded(PHOTO, "JPEG", exif=TURNED), (3, 32, 24)),
+    "turned.png": (encoded(PHOTO, "PNG", exif=TURNED), np.rot90(PIXELS, -1)),
+    "animated.png": (encoded(PHOTO, "PNG", save_all=True, append_images=[PHOTO.rotate(90)]), PIXELS),
+    "not a number.tif": (encoded(NAN, "TIFF"), (3, 24, 32)),
+    "one.png": (encoded(PHOTO.crop((0, 0, 1, 1)), "PNG"), PIXELS[:1, :1]),
+    "long.png": (encoded(PHOTO.resize((30_000, 2)), "PNG"), (3, 2, 30_000))}
 
 
-def test_split_json_wins(tmp_path):
-    root = make_folder(tmp_path)
-    (root / "split.json").write_text(json.dumps({"train": ["dirt/002"], "test": ["crack/000", "good/000"], "none": []}))
-    assert [s.name for s in open_dataset(root, split="test").samples] == ["crack/000", "good/000"]
-    with pytest.raises(ValueError, match="no split 'val'; there are train, test"):
-        open_dataset(root, split="val")
-    with pytest.raises(ValueError, match="'none' .* is empty"):
-        open_dataset(root, split="none")
-    (root / "split.json").write_text('{"train": ["dirt/999"]}')
-    with pytest.raises(ValueError, match="no such images.*dirt/999"):
-        open_dataset(root, split="train")
+@pytest.mark.parametrize("name", PICTURES)
+def test_strange_pictures_are_read_or_named_with_the_reason(tmp_path, name):
+    content, expected = PICTURES[name]
+    path = save(tmp_path / "image/crack" / name, np.zeros((2, 2)))
+    path.write_bytes(content)
+    pixels = np.zeros((3, 24, 32)) if isinstance(expected, str) else read(path)
+    save(tmp_path / f"mask/crack/{path.stem}_mask.png", np.ones(pixels.shape[1:]))
+    data = open_dataset(tmp_path, (8, 8))
+    if isinstance(expected, str):
+        says(f"{path}: cannot be read as an image .*{expected}.*; replace or remove it", data.tensors)
+    else:
+        exact = None if isinstance(expected, tuple) else expected.transpose(2, 0, 1)
+        assert pixels.shape == expected if exact is None else np.array_equal(pixels, exact)
+        assert data.tensors()[0].shape[2:] == (8, 8)
 
+
+@pytest.mark.parametrize("array, words", [
+    (np.pad(np.full((8, 8), 255), ((8, 8), (8, 16))), "binary 0/255 mask"), (np.zeros((24, 32, 3)), "is RGB"),
+    (np.full((24, 32), 7), r"the values \[7\] but the classes are 0..2 \(background, crack, dirt\); add"),
+    (np.ones((20, 32)), "is 24x32 but its mask is 20x32; they must have the same size")])
+def test_wrong_masks_are_named(tmp_path, array, words):
+    root = make_data(tmp_path, kinds=("crack", "good"), count=3)
+    save(root / "mask/crack/001_mask.png", array)
+    says(f"(?s)1 of 6 samples.*crack/001.*{words}", open_dataset(root, (16, 16)).tensors)
+
+
+def test_masks_are_read_as_indices_and_binary_ones_from_128_on(tmp_path):
+    Image.fromarray(np.full((4, 4), 2, np.uint16)).save(tmp_path / "wide.png")
+    palette = Image.fromarray(np.full((4, 4), 2, np.uint8), "P")
+    palette.putpalette([9] * 768)
+    palette.save(tmp_path / "palette.png")                                      # the index, not the colour
+    for name in ("wide.png", "palette.png"):
+        mask = read_mask(tmp_path / name, CLASSES)
+        assert mask.dtype == np.uint8 and (mask == 2).all()
+    edges, colour = save(tmp_path / "a.png", [[0, 127, 128, 255]]), save(tmp_path / "b.png", PIXELS)
+    assert read_mask(edges, CLASSES, label=2).tolist() == [[0, 0, 2, 2]]
+    says("b.png: a 0/255 mask has one channel, this one is RGB", read_mask, colour, CLASSES, label=1)
+
+
+@pytest.mark.filterwarnings("ignore")                           # Pillow's, on odd metadata
+@pytest.mark.parametrize("name, content", [
+    *((f"image/crack/0.{kind}", encoded(PHOTO, kind)) for kind in ("png", "jpeg", "tiff", "webp", "bmp")),
+    ("mask/crack/0_mask.png", encoded(Image.fromarray(PIXELS[..., 0] % 3), "PNG")),
+    ("classes.json", b'{"0": "background", "1": "crack", "2": "dirt"}'),
+    ("split.json", b'{"train": ["crack/0"], "test": []}')])
+def test_30_damaged_files_give_sentences_or_data_and_nothing_else(tmp_path, name, content):
+    save(tmp_path / (name if "image" in name else "image/crack/0.png"), PIXELS)
+    save(tmp_path / "mask/crack/0_mask.png", PIXELS[..., 0] % 3)
+    write_classes(tmp_path, CLASSES)
+    draw, refused = random.Random(0), 0
+    for _ in range(30):
+        damaged = bytearray(content[:draw.choice((None, draw.randrange(16, len(content))))])
+        for _ in range(draw.choice((1, 3, 30))):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        (tmp_path / name).write_bytes(damaged)
+        try:
+            images, masks = open_dataset(tmp_path, (16, 16), "train").tensors()
+            assert images.shape[2:] == (16, 16) and masks.max() < 3
+        except ValueError as error:
+            assert Path(name).name in str(error)
+            refused += 1
+    assert refused >= 5
+
+
+# --- augmentation ---
+
+@pytest.mark.parametrize("names, square, oblong", [([], 1, 1), (["flip"], 4, 4), (["turn"], 4, 2),
+                                                   (list(AUGMENTATIONS), 8, 4)])
+def test_augmentation_moves_image_and_mask_alike_and_reaches_every_pose(names, square, oblong):
+    for size, poses in ((16, 16), square), ((8, 24), oblong):
+        mask = torch.zeros(size, dtype=torch.uint8)
+        mask[1:size[0] // 2, 2:size[1] // 3] = 1
+        image, seen = torch.stack([mask * 255, mask * 7]), []
+        for seed in range(200):
+            changed, moved = augment(image, mask, names, rng(seed))
+            assert changed.dtype == moved.dtype == torch.uint8 and moved.shape == mask.shape
+            assert torch.equal(changed, torch.stack([moved * 255, moved * 7]))
+            assert torch.equal(augment(image, mask, names, rng(seed))[1], moved)
+            seen.append(moved.numpy().tobytes())
+        assert len(set(seen)) == poses and min(map(seen.count, seen)) > 100 / poses     # about equally often
+
+
+# --- writing ---
 
 def test_a_written_pair_is_read_back(tmp_path):
-    image, mask = torch.randint(0, 256, (3, 8, 12), dtype=torch.uint8), torch.randint(0, 3, (8, 12))
+    image = torch.randint(0, 256, (3, 8, 12), dtype=torch.uint8)
+    mask = torch.randint(0, 3, (8, 12), dtype=torch.uint8)
     write_pair(tmp_path, "000017", image, mask, "generated")
     write_classes(tmp_path, CLASSES)
     data = open_dataset(tmp_path)
     assert data.samples[0].name == "generated/000017" and data.classes == CLASSES
     assert torch.equal(data[0][0], image) and torch.equal(data[0][1], mask)
-    assert Image.open(pair_paths(tmp_path, "000017", "generated")[1]).mode == "L"       # a palette PNG misleads OpenCV
-    assert not [p for p in tmp_path.rglob("*") if "tmp" in p.suffix]
+    _, mask_path, colours = pair_paths(tmp_path, "000017", "generated")
+    assert Image.open(mask_path).mode == "L"                                    # a palette misleads OpenCV
+    assert np.array_equal(picture(colours), colorize(mask).transpose(1, 2, 0))
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 4   # nothing temporary
 
 
-def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
-    write_image(tmp_path / "a.png", np.zeros((1, 4, 4), np.uint8))
-    monkeypatch.setattr(Image.Image, "save", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError):
-        write_image(tmp_path / "a.png", np.ones((1, 4, 4), np.uint8))
-    assert [p.name for p in tmp_path.iterdir()] == ["a.png"] and read_image(tmp_path / "a.png", 1).max() == 0
+@pytest.mark.parametrize("write", [
+    lambda path: write_image(path, PIXELS.transpose(2, 0, 1)),
+    lambda path: write_json(path, [0.5, float("nan"), *range(9000)]),
+    lambda path: write_atomically(path, lambda p: torch.save(torch.rand(9000), p))])
+def test_a_full_disk_keeps_the_old_file_and_is_a_sentence(tmp_path, write):
+    path, limits = tmp_path / "a", resource.getrlimit(resource.RLIMIT_FSIZE)
+    path.write_text("old")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        says(f"{path}: cannot be written .*; what was there before is unchanged", write, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"] and path.read_text() == "old"
+    write(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"] and path.stat().st_size > 2000
+    assert path.read_bytes()[:1] != b"[" or json.loads(path.read_text())[:3] == [0.5, None, 0]   # NaN is null
 
 
-# --- bad input: one sentence that says what came and what to do ---
+# --- pictures for the eye, and the command ---
 
-def test_missing_empty_and_unknown_folders(tmp_path):
-    (tmp_path / "bolt").mkdir()
-    with pytest.raises(FileNotFoundError, match="no such folder; .* holds .*bolt"):
-        open_dataset(tmp_path / "bold")
-    with pytest.raises(ValueError, match=r"(?s)no known layout.*Found none.*Defect Spectrum.*MVTec AD"):
-        open_dataset(tmp_path / "bolt")
-    (tmp_path / "bolt/image/crack").mkdir(parents=True)
-    with pytest.raises(ValueError, match="no images"):
-        open_dataset(tmp_path / "bolt")
-    with pytest.raises(ValueError, match="unknown drawn object 'tablet'; there are drawn:pill"):
-        open_dataset("drawn:tablet")
-    with pytest.raises(FileNotFoundError, match="bolt"):
-        open_dataset(tmp_path, object="nut")
-
-
-def test_unpaired_files_are_listed_both_ways(tmp_path):
-    root = make_folder(tmp_path)
-    (root / "mask/crack/001_mask.png").unlink()
-    (root / "image/dirt/002.png").unlink()
-    with pytest.raises(ValueError, match=r"without a mask \(1\): image/crack/001.png; masks without an image \(1\): mask/dirt/002_mask.png"):
-        open_dataset(root)
-
-
-def bad_mask(root, array):
-    save(root / "mask/crack/001_mask.png", array)
-    return open_dataset(root, size=(16, 16))
-
-
-@pytest.mark.parametrize("array, message", [
-    (np.pad(np.full((8, 8), 255), ((8, 8), (8, 16))), "binary 0/255 mask"),
-    (np.zeros((24, 32, 3)), "is RGB"),
-    (np.full((24, 32), 7), r"values \[7\] but the class list has 0..2 \(background, crack, dirt\)"),
-    (np.ones((20, 32)), "24x32 but its mask .* is 20x32"),
-])
-def test_wrong_masks_are_named(tmp_path, array, message):
-    data = bad_mask(make_folder(tmp_path), array)
-    with pytest.raises(ValueError, match=message) as error:
-        data.tensors()
-    assert "001" in str(error.value) and "1 of 7 samples" in str(error.value)
-
-
-def test_truncated_and_foreign_files_are_named_all_at_once(tmp_path):
-    root = make_folder(tmp_path)
-    whole = (root / "image/crack/000.png").read_bytes()
-    (root / "image/crack/000.png").write_bytes(whole[:len(whole) // 2])
-    (root / "image/dirt/000.png").write_text("not a picture")
-    (root / "image/dirt/001.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="3 of 7 samples") as error:
-        open_dataset(root, size=(16, 16)).tensors()
-    assert all(name in str(error.value) for name in ("crack/000.png", "dirt/000.png", "dirt/001.png"))
-    report = audit(open_dataset(root))
-    assert len(report["problems"]) == 3 and sum(report["sizes"].values()) == 4
-
-
-def test_unreadable_file_is_named(tmp_path, monkeypatch):
-    root, real_open = make_folder(tmp_path), open
-
-    def refuse(file, *arguments, **options):                        # what the system says to all but root
-        if str(file).endswith("image/crack/000.png"):
-            raise PermissionError(13, "Permission denied")
-        return real_open(file, *arguments, **options)
-    monkeypatch.setattr("builtins.open", refuse)
-    with pytest.raises(ValueError, match="crack/000.png: cannot be read as an image .*Permission denied"):
-        open_dataset(root, size=(16, 16)).tensors()
-
-
-@pytest.mark.parametrize("text", ["[1, 2]", '{"0": "background", "2": "crack"}', "{"])
-def test_a_broken_class_table_is_named(tmp_path, text):
-    root = make_folder(tmp_path)
-    (root / "classes.json").write_text(text)
-    with pytest.raises(ValueError, match="classes.json"):
-        open_dataset(root)
-
-
-def test_without_classes_json_the_masks_decide_and_0_255_is_refused(tmp_path):
-    root = make_folder(tmp_path)
-    (root / "classes.json").unlink()
-    assert open_dataset(root).classes == ("background", "class_1", "class_2")
-    save(root / "mask/crack/001_mask.png", np.full((24, 32), 255))
-    with pytest.raises(ValueError, match="value 255.*0/255"):
-        open_dataset(root)
-
-
-# --- fitting into a size ---
-
-def photo_and_mask(tmp_path, size):
-    """A picture that is its own mask, so that image and mask can be compared after any change."""
-    mask = np.zeros(size, np.uint8)
-    mask[size[0] // 4:size[0] // 2, size[1] // 3:] = 1
-    save(tmp_path / "image/crack/0.png", mask * 255)
-    save(tmp_path / "mask/crack/0_mask.png", mask)
-    write_classes(tmp_path, CLASSES)
-    return mask
-
-
-@pytest.mark.parametrize("native", [(24, 72), (72, 24), (48, 48), (7, 5)])
-@pytest.mark.parametrize("fit", FITS)
-def test_fit_keeps_image_and_mask_together_and_unfit_takes_it_back(tmp_path, native, fit):
-    mask = photo_and_mask(tmp_path, native)
-    image, fitted = open_dataset(tmp_path, (16, 16), fit=fit)[0]
-    height, width, top, left = placed(native, (16, 16), fit)
-    inside = np.zeros((16, 16), bool)
-    inside[max(0, top):top + height, max(0, left):left + width] = True
-    assert image.shape == (1, 16, 16) and fitted.shape == (16, 16) and ((image[0] > 127) == (fitted > 0))[inside].float().mean() > 0.9
-    assert not fitted[~inside].any() and len(image[0][~inside].unique()) <= 1           # one colour, no defect
-    assert {"squash": (height, width) == (16, 16), "pad": inside.any(0).all() or inside.any(1).all(), "crop": inside.all()}[fit]
-    if fit != "squash":
-        assert abs(height / width - native[0] / native[1]) < 0.15 * native[0] / native[1]
-    whole = unfit(fitted, native, fit)
-    assert whole.shape == (height, width)
-    if fit != "crop":                                   # a crop's outside was not seen; else the share of the defect is the native one
-        assert abs(whole.mean() - mask.mean()) < 0.12
-
-
-# --- augmentation ---
-
-@pytest.mark.parametrize("names", [["flip"], ["turn"], ["crop"], list(AUGMENTATIONS)])
-@pytest.mark.parametrize("size", [(16, 16), (8, 24)])
-def test_augmentation_moves_image_and_mask_together(names, size):
-    masks = torch.zeros(40, *size, dtype=torch.uint8)
-    masks[:, 1:size[0] // 2, 2:size[1] // 3] = 1
-    images = masks[:, None] * 255
-    changed, moved = augment(images, masks, names, rng(0, 4, 7))
-    assert changed.shape == images.shape and moved.shape == masks.shape and changed.dtype == moved.dtype == torch.uint8
-    assert type(changed) is type(moved) is torch.Tensor and set(moved.unique().tolist()) <= {0, 1}
-    agree = ((changed[:, 0] > 127) == (moved > 0)).float().mean()
-    assert agree == 1 if "crop" not in names else agree > 0.94      # a resized image is blended, its mask is not
-    assert len({m.numpy().tobytes() for m in moved}) > (1 if names != ["crop"] else 5)
-    if "crop" not in names:
-        assert (moved.flatten(1).sum(1) == masks.flatten(1).sum(1)).all()
-    again = augment(images, masks, names, rng(0, 4, 7))
-    assert torch.equal(again[0], changed) and torch.equal(again[1], moved)
-    assert not torch.equal(augment(images, masks, names, rng(0, 4, 8))[1], moved)
-
-
-# --- pictures and the audit ---
-
-def test_near_duplicates_are_found_and_different_pictures_are_not():
-    random = np.random.default_rng(0)
-    images = [np.asarray(Image.fromarray(random.integers(0, 256, (12, 12), np.uint8)).resize((64, 48), Image.BICUBIC))[None] for _ in range(40)]
-    prints = {str(i): fingerprint(image) for i, image in enumerate(images)}
-    prints["brighter"] = fingerprint((images[3] * 0.9 + 20).astype(np.uint8))
-    found = near_duplicates(prints, [str(i) for i in range(20)], [*map(str, range(20, 40)), "brighter"])
-    assert [pair[:2] for pair in found] == [("3", "brighter")] and near_duplicates(prints, ["1"], []) == []
-
-
-def test_bench_and_commands_of_the_audit(tmp_path, capsys):
-    root = make_folder(tmp_path / "bolt", count=6)
-    bench(open_dataset(root), sizes=(16,))
-    table = capsys.readouterr().out.split("fit in memory")[1].split()
-    assert table[0] == "16x16" and all(float(rate) > 0 for rate in table[1:5]) and table[5] == str(datasets.MEMORY_LIMIT // (4 * 256))
-    with pytest.raises(ValueError, match="drawn data have none"):
-        bench(open_dataset("drawn:pill"))
-    assert "256x256" in run_audit("--data", root, "--bench")
-    (root / "image/crack/000.png").write_bytes(b"x")
-    assert "crack/000.png" in run_audit("--data", root, "--sheet", tmp_path / "sheet.png", code=1) and (tmp_path / "sheet.png").exists()
-
-
-def test_audit_counts_what_was_written(tmp_path):
-    root = make_folder(tmp_path)
-    both = np.zeros((24, 32), np.uint8)
-    both[0, :5], both[1, :7] = 1, 2
-    save(root / "mask/crack/001_mask.png", both)
-    report = audit(open_dataset(root))
-    assert report["kinds"] == {"crack": 3, "dirt": 3, "good": 1} and report["several_types"] == 1 and not report["problems"]
-    crack = report["classes"]["crack"]
-    assert (crack["pixels"], crack["images"], crack["area"]) == (2 * 64 + 5, 3, [5, 64, 64]) and report["classes"]["dirt"]["pixels"] == 3 * 64 + 7
-
-
-def test_a_mask_of_zeros_and_ones_is_no_binary_mask(tmp_path):
-    save(tmp_path / "m.png", np.array([[0, 1]]))
-    with pytest.raises(ValueError, match="this one is 0 to 1; are its values class indices"):
-        read_mask(tmp_path / "m.png", CLASSES, label=1)
-
-
-@pytest.mark.parametrize("text", ["[1]", "[]", '{"train": null}', '{"train": [["a"]]}'])
-def test_a_split_of_another_shape_is_a_sentence(tmp_path, text):
-    root = make_folder(tmp_path)
-    (root / "split.json").write_text(text)
-    with pytest.raises(ValueError, match="split.json: expected"):
-        open_dataset(root, split="train")
-
-
-def test_every_class_has_a_colour_and_only_background_is_black():
+def test_overlay_changes_defects_only_and_only_background_is_black():
+    image, mask = np.full((1, 4, 4), 100, np.uint8), np.zeros((4, 4), np.uint8)
+    mask[1, 2] = 1
+    laid = overlay(image, mask)
+    assert laid.shape == (3, 4, 4) and np.array_equal((laid != 100).any(0), mask > 0)
+    assert sheet([("row", [image, laid])], ("a", "b"), CLASSES).width > 200
     colours = colorize(np.arange(40, dtype=np.uint8)[None])
     assert not colours[:, 0, 0].any() and colours[:, 0, 1:].any(0).all()
 
 
-def test_not_a_number_becomes_null(tmp_path):
-    datasets.write_json(tmp_path / "a.json", {"iou": [0.5, float("nan")], "n": {"x": (1, 2)}})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"iou": [0.5, None], "n": {"x": [1, 2]}}
-
-
-def test_an_empty_mask_in_a_kind_folder_is_no_defect(tmp_path):
-    root = make_folder(tmp_path)
-    save(root / "mask/crack/001_mask.png", np.zeros((24, 32)))
-    data = open_dataset(root)
-    assert "crack/001" not in [data.samples[i].name for i in data.defective()] and len(data.defective()) == 5
-
-
-def test_overlay_changes_defects_only():
-    image, mask = np.full((1, 4, 4), 100, np.uint8), np.zeros((4, 4), np.uint8)
-    mask[1, 2] = 1
-    laid = overlay(image, mask)
-    assert laid.shape == (3, 4, 4) and (laid != 100).any(0).sum() == 1 and colorize(mask)[:, 1, 2].any()
-    assert sheet([("row", [image, laid])], ("a", "b"), CLASSES).width > 200
-
-
-def test_colour_mask_bits_and_16_bit_masks(tmp_path):
-    Image.fromarray(np.full((4, 4), 2, np.uint16)).save(tmp_path / "wide.png")
-    assert read_mask(tmp_path / "wide.png", CLASSES).max() == 2
-    palette = Image.fromarray(np.full((4, 4), 2, np.uint8), "P")
-    palette.putpalette([9] * 768)
-    palette.save(tmp_path / "palette.png")
-    assert read_mask(tmp_path / "palette.png", CLASSES).max() == 2           # the raw index, not the colour
-    save(tmp_path / "grey_edges.png", np.array([[0, 127, 128, 255]]))
-    assert read_mask(tmp_path / "grey_edges.png", CLASSES, label=2).tolist() == [[0, 0, 2, 2]]
+def test_the_command_audits_every_object_names_what_is_wrong_and_goes_on(tmp_path, capsys, monkeypatch):
+    for name in ("a", "b"):
+        make_data(tmp_path / name, count=4)
+    save(tmp_path / "a/mask/crack/000_mask.png", np.full((24, 32), 7))
+    save(tmp_path / "a/mask/crack/001_mask.png", np.zeros((24, 32)))
+    (tmp_path / "a/image/dirt/003.png").write_bytes(b"x")
+    save(tmp_path / "a/mask/crack/99_mask.png", np.ones((24, 32)))
+    command = ["datasets.py", "--data", str(tmp_path), "--sheet", str(tmp_path / "sheet.png")]
+    monkeypatch.setattr("sys.argv", command)
+    assert datasets.main() == 1
+    lines = capsys.readouterr().out.splitlines()
+    problems = [line for line in lines if line.startswith("  problem: ")]
+    for words in "000_mask.png: mask has the values [7]", "003.png: cannot be read", "99_mask.png: no image":
+        assert [words in problem for problem in problems].count(True) == 1
+    assert "  empty masks (1): crack/001" in lines
+    assert lines[-2].split() == ["a", "12", "5", "0", "3"] and lines[-1].split() == ["b", "12", "8", "0", "0"]
+    assert picture(tmp_path / "sheet_a.png").shape[1] == picture(tmp_path / "sheet_b.png").shape[1] > 8 * 160
+    monkeypatch.setattr("sys.argv", [*command, "--object", "b"])
+    assert datasets.main() == 0 and (tmp_path / "sheet.png").exists()

@@ -1,27 +1,31 @@
-"""The hand-over: one trajectory, each network at its own timesteps; joint channels; checkpoints that say what is wrong with them."""
+"""The hand-over: one trajectory, each network at its own timesteps; joint channels; checkpoints that fit."""
 import shutil
 
 import pytest
 import torch
 
-from defect_gen import DefectGen, checkpoints, decode, encode, exact_denoiser, load_stage, open_training, steps_of, strip, switched
+import defect_gen
+from conftest import picture
+from defect_gen import (DefectGen, checkpoints, decode, encode, exact_denoiser, load_stage, save_stage,
+                        switched)
 from diffusion import noise_for, sample, schedule, timesteps
+from unet import UNet
 
+
+# --- the idea ---
 
 @pytest.mark.parametrize("channels, num_classes", [(1, 2), (3, 6), (3, 1)])
 def test_decode_inverts_encode(channels, num_classes):
-    image = torch.randint(0, 256, (4, channels, 8, 12), dtype=torch.uint8)
-    mask = torch.randint(0, num_classes, (4, 8, 12), dtype=torch.uint8)
+    image = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, channels, 16, 16)
+    mask = torch.randint(0, num_classes, (2, 16, 16), dtype=torch.uint8)
     joint = encode(image, mask, num_classes)
-    assert joint.shape == (4, channels + num_classes, 8, 12) and joint.min() >= -1 and joint.max() <= 1
-    assert set(joint[:, channels:].unique().tolist()) <= {-1.0, 1.0}
+    assert joint.shape == (2, channels + num_classes, 16, 16) and joint.dtype == torch.float32
+    assert (joint.min(), joint.max()) == (-1, 1) and set(joint[:, channels:].unique().tolist()) <= {-1, 1}
+    assert (joint[:, channels:].sum(1) == 2 - num_classes).all()                        # one class per pixel
     again_image, again_mask = decode(joint, num_classes)
-    assert torch.equal(again_image, image) and torch.equal(again_mask, mask)
-
-
-def test_decode_of_every_grey_level_is_exact():
-    image = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    assert torch.equal(decode(encode(image, torch.zeros(1, 16, 16), 2), 2)[0], image)
+    assert torch.equal(again_image, image) and torch.equal(again_mask, mask)            # every grey level
+    assert again_image.dtype == again_mask.dtype == torch.uint8
+    assert torch.equal(decode(3 * joint, num_classes)[1], mask) and decode(3 * joint, 1)[0].max() == 255
 
 
 @pytest.mark.parametrize("switch_t", [0, 1, 400, 999, 1000])
@@ -33,152 +37,174 @@ def test_each_network_receives_exactly_its_timesteps(switch_t, num_steps):
         return lambda x_t, t: seen[name].append(t) or torch.zeros_like(x_t)
 
     steps = timesteps(1000, num_steps, "even")
-    sample(switched(network("large"), network("small"), switch_t), torch.zeros(1, 1, 2, 2), steps, schedule(), "ddim")
-    assert seen["large"] == [t for t in steps if t >= switch_t] and seen["small"] == [t for t in steps if t < switch_t]
-    if num_steps == 1000:
-        assert seen["large"] + seen["small"] == list(range(999, -1, -1))        # nothing skipped, repeated or renumbered
+    sample(switched(network("large"), network("small"), switch_t), torch.zeros(1, 1, 2, 2), steps, schedule())
+    assert seen["large"] == [t for t in steps if t >= switch_t]
+    assert seen["small"] == [t for t in steps if t < switch_t]
+    if num_steps == 1000:                                       # nothing skipped, repeated or renumbered
+        assert seen["large"] + seen["small"] == list(range(999, -1, -1))
 
 
 def test_two_equal_networks_are_one_network():
     def network(x_t, t):
         return torch.tanh(x_t) * (1 - t / 1000)
-    x_T = noise_for([3, 4], (2, 4, 4))()
-    alone = sample(network, x_T, timesteps(1000, 20), schedule())
-    assert torch.equal(alone, sample(switched(network, network, 400), x_T, timesteps(1000, 20), schedule()))
+    x_T, steps = noise_for([3, 4], (2, 4, 4))(), timesteps(1000, 20)
+    alone = sample(network, x_T, steps, schedule())
+    assert torch.equal(alone, sample(switched(network, network, 400), x_T, steps, schedule()))
 
 
 def test_the_exact_denoiser_copies_a_training_image():
-    data = torch.rand(5, 3, 4, 4) * 2 - 1
-    drawn = sample(exact_denoiser(data, schedule()), noise_for(range(8), (3, 4, 4))(), timesteps(1000, 50), schedule())
+    data, noise = torch.rand(5, 3, 4, 4) * 2 - 1, noise_for(range(8), (3, 4, 4))()
+    drawn = sample(exact_denoiser(data, schedule()), noise, timesteps(1000, 50), schedule())
     assert torch.cdist(drawn.flatten(1), data.flatten(1)).min(1).values.max() < 1e-3
 
 
-# --- with a trained run ---
+# --- sampling a trained run ---
 
-def test_sample_17_is_the_same_alone_and_in_a_batch(trained):
-    generator = DefectGen.load(trained)
-    images, masks = generator.sample([5, 17, 99, 3], num_steps=6)
-    alone, alone_mask = generator.sample([17], num_steps=6)
-    assert images.shape == (4, 3, 16, 16) and masks.shape == (4, 16, 16) and images.dtype == masks.dtype == torch.uint8
-    assert torch.equal(alone[0], images[1]) and torch.equal(alone_mask[0], masks[1])
-    assert not torch.equal(images[0], images[1])
-    chunked, _ = generator.sample([5, 17, 99, 3], num_steps=6, batch_size=3)
-    assert torch.equal(chunked, images)
+@pytest.mark.parametrize("sampler, target", [("dpm++", "x0"), ("ddim", "v"), ("ddpm", "v"), ("ddpm", "x0")])
+def test_picture_17_is_the_same_alone_and_in_a_batch_with_every_sampler(trained, sampler, target):
+    generator, seeds = DefectGen.load(trained), [5, 17, 99, 3]
+    generator.config = {**generator.config, "target": target}
+
+    def draw(seeds, **settings):
+        return generator.sample(seeds, 6, sampler, **settings)
+
+    images, masks = draw(seeds)
+    assert images.shape == (4, 3, 16, 16) and masks.shape == (4, 16, 16)
+    assert images.dtype == masks.dtype == torch.uint8 and masks.max() < len(generator.classes)
+    assert torch.equal(draw(seeds)[0], images) and not torch.equal(images[0], images[1])
+    off = draw([17])[0][0].int() - images[1].int()  # how a sum is rounded depends on the batch
+    assert off.abs().max() <= 1 and (off != 0).float().mean() < 0.01
+    generator.large.double(), generator.small.double()          # with less rounding nothing is left of it
+    exact, exact_masks = draw(seeds)
+    for batch_size in 1, 3:
+        again, again_masks = draw(seeds, batch_size=batch_size)
+        assert torch.equal(again, exact) and torch.equal(again_masks, exact_masks)
+    assert draw([1], size=(24, 40))[0].shape == (1, 3, 24, 40)
 
 
-def test_ema_weights_are_the_ones_sampled(trained):
-    generator, checkpoint = DefectGen.load(trained), load_stage(trained / "small", "small")
-    assert all(torch.equal(generator.small.state_dict()[k], v) for k, v in checkpoint["ema"].items())
-    assert any(not torch.equal(checkpoint["model"][k], v) for k, v in checkpoint["ema"].items())
+def test_each_stage_is_asked_in_its_own_timesteps_and_answers_with_its_average(trained):
+    generator, seen = DefectGen.load(trained), []
+    for stage in ("large", "small"):
+        net, checkpoint = getattr(generator, stage), load_stage(trained / stage, stage)
+        net.register_forward_pre_hook(lambda net, inputs, stage=stage: seen.append((stage, inputs[1])))
+        assert not net.training and generator.steps_trained[stage] == 4
+        model, ema, sampled = checkpoint["model"], checkpoint["ema"], net.state_dict()
+        assert all(torch.equal(sampled[key], value) for key, value in ema.items())
+        assert not all(torch.equal(model[key], value) for key, value in ema.items())
+    generator.sample([0], num_steps=20, switch_t=380)
+    assert seen == [("large" if t >= 380 else "small", t) for t in timesteps(1000, 20)]
 
+
+@pytest.mark.parametrize("of_a_run, num_steps", [(False, 12), (True, 4)])
+def test_the_command_draws_one_trajectory(trained, tmp_path, monkeypatch, capsys, of_a_run, num_steps):
+    out = tmp_path / "new" / "trajectory.png"
+    flags = ["--run", str(trained), "--num-steps", "4"] if of_a_run else []
+    monkeypatch.setattr("sys.argv", ["defect_gen.py", *flags, "--switch-t", "450", "--out", str(out),
+                                     "--device", "cpu"])
+    defect_gen.main()
+    by_large = sum(t >= 450 for t in timesteps(1000, num_steps))
+    words = f"{num_steps} steps, {by_large} of them by the large network; picture: {out}"
+    assert words in capsys.readouterr().out
+    assert picture(out).shape[1] > 132 * num_steps                                      # one column per step
+
+
+# --- checkpoints that do not fit ---
 
 @pytest.fixture
 def copy(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "run")
 
 
+def edit(run, stage, change):
+    """Change a stage's newest checkpoint on disk."""
+    path = checkpoints(run / stage)[4]
+    checkpoint = torch.load(path, weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, path)
+
+
 def test_a_run_with_one_stage_names_the_missing_one(copy):
     shutil.rmtree(copy / "small")
-    with pytest.raises(FileNotFoundError, match="no checkpoint of the small stage; train it with: python train.py --stage small --out"):
+    with pytest.raises(FileNotFoundError, match="no checkpoint of the small stage; train it with: "
+                                                f"python train.py --stage small --out {copy}"):
         DefectGen.load(copy)
-    with pytest.raises(FileNotFoundError, match="--run .*nowhere: no such folder"):
+    with pytest.raises(FileNotFoundError, match="--run .*nowhere: no such folder; train first"):
         DefectGen.load(copy / "nowhere")
 
 
 def test_a_checkpoint_of_the_wrong_stage_is_refused(copy):
     shutil.rmtree(copy / "small")
     shutil.copytree(copy / "large", copy / "small")
-    with pytest.raises(ValueError, match="defect-gen/large, but defect-gen/small is expected"):
+    with pytest.raises(ValueError, match="step_000004.pt: holds the large stage, not small; .* swapped"):
         DefectGen.load(copy)
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 2], lambda b: b"", lambda b: b"not a checkpoint", lambda b: b"\x00" * 100])
-def test_a_damaged_checkpoint_is_named(copy, damage):
-    older, path = checkpoints(copy / "large")
-    older.unlink()
+@pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 2], lambda b: b"", lambda b: b"not a checkpoint",
+                                    lambda b: bytes(100), lambda b: b[:40] + b[44:]])
+def test_a_damaged_checkpoint_is_named_and_the_older_one_can_be_asked_for(copy, damage):
+    path = checkpoints(copy / "large")[4]
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=f"{path.name}: damaged or not a checkpoint"):
+    with pytest.raises(ValueError, match=f"{path}: damaged, or not written by this program .*; remove it"):
         DefectGen.load(copy)
+    assert DefectGen.load(copy, step=2).steps_trained == {"large": 2, "small": 2}
 
 
 def test_a_pickle_that_would_run_code_is_refused(copy, tmp_path):
     class Evil:
         def __reduce__(self):
             return (open, (str(tmp_path / "was_here"), "w"))
-    torch.save({"kind": "defect-gen/large", "model": Evil()}, checkpoints(copy / "large")[-1])
-    with pytest.raises(ValueError, match="damaged or not a checkpoint"):
+    torch.save({"stage": "large", "model": Evil()}, checkpoints(copy / "large")[4])
+    with pytest.raises(ValueError, match="damaged, or not written by this program"):
         DefectGen.load(copy)
     assert not (tmp_path / "was_here").exists()
 
 
-def test_stages_trained_on_different_images_are_refused(copy):
-    path = checkpoints(copy / "small")[-1]
-    checkpoint = torch.load(path, weights_only=True)
-    checkpoint["config"]["images"][0] = "crack/007"
-    torch.save(checkpoint, path)
-    with pytest.raises(ValueError, match="trained on different images"):
+def test_averages_are_loaded_strictly(copy):
+    edit(copy, "small", lambda checkpoint: checkpoint["ema"].popitem())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        DefectGen.load(copy)
+
+
+@pytest.mark.parametrize("key, value", [("images", ["crack/007"]), ("classes", ["background", "b", "c"]),
+                                        ("channels", 1), ("size", [16, 24]), ("T", 500), ("target", "v")])
+def test_stages_that_do_not_fit_together_are_refused(copy, key, value):
+    edit(copy, "small", lambda checkpoint: checkpoint["config"].update({key: value}))
+    with pytest.raises(ValueError, match=f"run: the stages differ in {key}.*; train one of them again"):
         DefectGen.load(copy)
 
 
 def test_a_stage_is_not_asked_at_timesteps_it_was_never_trained_at(copy):
-    for stage, t_range in {"large": [350, 1000], "small": [0, 450]}.items():
-        path = checkpoints(copy / stage)[-1]
-        checkpoint = torch.load(path, weights_only=True)
-        checkpoint["config"]["t_range"] = t_range
-        torch.save(checkpoint, path)
     generator = DefectGen.load(copy)
     assert generator.t_ranges == {"large": [350, 1000], "small": [0, 450]}
     for switch_t in (350, 400, 450):
-        generator.steps(1000, "even", switch_t)
-    between = "choose --switch-t between 350 and 450, or train the"
-    with pytest.raises(ValueError, match=rf"--switch-t 349 asks the large stage at t = 349, but .* t = 350 to 999 only: {between} large"):
-        generator.steps(1000, "even", 349)
-    with pytest.raises(ValueError, match=rf"--switch-t 451 asks the small stage at t = 450, but .* t = 0 to 449 only: {between} small"):
-        generator.steps(1000, "even", 451)
+        assert generator.timesteps(1000, "even", switch_t) == list(range(999, -1, -1))
+    with pytest.raises(ValueError, match="--switch-t 349 asks the large stage at t = 349, but it knows "
+                                         "350 <= t < 1000: use 350 to 450, or train with --t-range full"):
+        generator.timesteps(1000, "even", 349)
+    with pytest.raises(ValueError, match="--switch-t 451 asks the small stage at t = 450.* 0 <= t < 450"):
+        generator.timesteps(1000, "even", 451)
     with pytest.raises(ValueError, match="--switch-t 1000 asks the small stage at t = 999"):
         generator.sample([0], num_steps=4, switch_t=1000)
-
-
-def test_a_checkpoint_from_before_t_range_is_asked_anywhere(copy):
-    path = checkpoints(copy / "small")[-1]
-    checkpoint = torch.load(path, weights_only=True)
-    del checkpoint["config"]["t_range"]
-    torch.save(checkpoint, path)
-    assert DefectGen.load(copy).t_ranges == {"large": [350, 1000], "small": [0, 1000]}
-
-
-def test_stages_that_do_not_fit_together_are_refused(copy):
-    path = checkpoints(copy / "small")[-1]
-    checkpoint = torch.load(path, weights_only=True)
-    checkpoint["config"]["classes"] = ["background", "other", "names"]
-    torch.save(checkpoint, path)
-    with pytest.raises(ValueError, match="do not fit together: classes"):
-        DefectGen.load(copy)
+    edit(copy, "large", lambda checkpoint: checkpoint["config"].update(t_range=[0, 1000]))
+    assert DefectGen.load(copy).timesteps(1000, "even", 0)
 
 
 def test_an_older_checkpoint_can_be_asked_for(trained):
-    assert steps_of(trained / "small") == [2, 4]
+    assert list(checkpoints(trained / "small")) == [2, 4] and checkpoints(trained / "nowhere") == {}
     new, old = (DefectGen.load(trained, step=step) for step in (None, 2))
-    assert new.fingerprint == DefectGen.load(trained, step=4).fingerprint != old.fingerprint
-    with pytest.raises(FileNotFoundError, match="no checkpoint of the large stage at step 3"):
+    assert new.steps_trained == {"large": 4, "small": 4} and old.steps_trained == {"large": 2, "small": 2}
+    assert not torch.equal(new.small.input.weight, old.small.input.weight)
+    with pytest.raises(FileNotFoundError, match="no checkpoint at step 3 of the large stage"):
         DefectGen.load(trained, step=3)
 
 
-def test_a_strip_shows_the_first_and_last_step_and_who_was_asked():
-    def draw(on_step):
-        for t in (999, 500, 400, 399, 0):
-            on_step(t, torch.full((1, 5, 4, 4), t / 1000), torch.zeros(1, 5, 4, 4))
-
-    titles, rows = strip(draw, 2, 400, most=4)
-    assert titles == ("large t=999", "large t=500", "small t=399", "small t=0")
-    assert [name for name, _ in rows] == ["x_t", "image", "mask"] and all(len(pictures) == 4 for _, pictures in rows)
-    assert rows[0][1][1].unique().tolist() == [191]                 # (0.5 + 1) * 127.5
-
-
-def test_training_images_that_are_no_longer_the_same_are_refused(data, trained):
-    config = load_stage(trained / "large", "large")["config"]
-    assert len(open_training(trained, config, (8, 8))) == 15
-    with pytest.raises(ValueError, match="no longer the 1 images"):
-        open_training(trained, {**config, "images": ["crack/000"]}, (8, 8))
-    with pytest.raises(ValueError, match="has the classes background, crack, dirt"):
-        open_training(trained, {**config, "classes": ["background", "crack"]}, (8, 8))
+def test_a_saved_stage_is_loaded_bit_for_bit_and_steps_are_numbers(tmp_path):
+    net, ema = UNet(4, 8, (1, 2), attention_levels=()), UNet(4, 8, (1, 2), attention_levels=())
+    optimizer = torch.optim.AdamW(net.parameters())
+    for step in 7, 1_000_000, 90_000:
+        save_stage(tmp_path / f"step_{step:06d}.pt", "large", net, ema, optimizer, step, {"T": 1000})
+    assert list(checkpoints(tmp_path)) == [7, 90_000, 1_000_000]
+    loaded = load_stage(tmp_path, "large")
+    assert (loaded["step"], loaded["config"], loaded["network"]) == (1_000_000, {"T": 1000}, net.config)
+    for name, module in (("model", net), ("ema", ema)):
+        assert all(torch.equal(loaded[name][key], value) for key, value in module.state_dict().items())

@@ -1,0 +1,310 @@
+"""The paper's claim: two stages copy less than the large network and keep the shape better than the small.
+
+    python -m experiments.claim                         drawn pills; about three hours of two cores
+    python -m experiments.claim --tile magnetic_tile    and 25 photos of magnetic tiles, an hour more
+    python -m experiments.claim --quick                 two runs of a few steps; their numbers mean nothing
+
+Trains every run of RUNS that is not finished, draws its pairs with every switch and from every kept
+checkpoint, measures them, and writes the numbers to OUT/claim.json and plots beside. What is finished is not
+done again.
+"""
+import argparse
+import math
+import statistics
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from torchvision import models
+
+import evaluate
+import sample
+import train
+from data.drawn import DRAWN, draw, drawn_kind
+from datasets import PALETTE, run_main, write_classes, write_image, write_json, write_pair
+from defect_gen import SWITCH_T, DefectGen, checkpoints
+from evaluate import INSPECTOR, measure, novelty, print_table, spread
+from inspect_rules import read_json
+
+PILL = ["--size", "32", "32", "--batch-size", "16"]
+TILE = ["--size", "48", "48", "--batch-size", "8"]
+# name: (split, steps, whose large network is taken instead of one of its own, flags of the small network)
+RUNS = {"pill25": ("train25", 4000, None, []), "pill5": ("train5", 1500, None, []),
+        "pill100": ("train100", 1500, None, []), "pill25-d0": ("train25", 1500, "pill25", ["--depth", "0"]),
+        "pill25-d3": ("train25", 1500, "pill25", ["--depth", "3"]),
+        "trial-local": ("train25", 1500, "pill25", ["--preset", "tiny-local"]),
+        "trial-own": ("train25", 1500, "pill25", ["--t-range", "own"]), "tile": ("few_shot", 4000, None, [])}
+SWITCHES = 0, 100, 200, 400, 600, 800, 1000     # 0: the large network alone, 1000: the small one alone
+TINY = train.PRESETS["tiny"]
+train.PRESETS["tiny-local"] = dict(TINY, small=dict(TINY["small"], norm="local"))
+
+
+# --- measures that only this experiment needs; features (N, D) as the class Features makes them ---
+
+class Features:
+    """uint8 images -> float32 (N, 192): mean activations of two stages of a random but fixed ResNet-18.
+
+    Random embeddings say more than ImageNet's where pictures look unlike ImageNet (Naeem et al. 2020, arXiv
+    2002.09797). Two stages, since FID of blurred pills is then 14 times that of two real sets, with all four
+    twice. BatchNorm stays an identity: activations keep in range without it.
+    """
+
+    def __init__(self, device="cpu"):
+        with torch.random.fork_rng(devices=[]):                # the caller's random numbers stay as they were
+            torch.default_generator.manual_seed(0)
+            net = models.resnet18()
+        stages = [nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1), net.layer2]
+        self.device, self.stages = device, nn.ModuleList(stages).eval().to(device)
+
+    @torch.no_grad()
+    def __call__(self, images):
+        rows = []
+        for x in images.split(16):
+            x, means = x.to(self.device).float().expand(-1, 3, -1, -1) / 127.5 - 1, []
+            for stage in self.stages:
+                x = stage(x)
+                means.append(x.mean((2, 3)))
+            rows.append(torch.cat(means, 1).cpu())
+        return torch.cat(rows)
+
+
+def kid(a, b):
+    """Kernel distance: unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018, arXiv
+    1801.01401).
+
+    0 on average for sets of one distribution, at any N and M, so also below 0; nan for a single image.
+    """
+    def kernel(x, y):
+        return (x.double() @ y.double().T / x.shape[1] + 1) ** 3
+
+    def within(x):
+        k = kernel(x, x)
+        return (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
+    return (within(a) + within(b) - 2 * kernel(a, b).mean()).item()
+
+
+def coverage_density(real, fake, k=5):
+    """(coverage, density) (Naeem et al. 2020, arXiv 2002.09797). The ball of a real image reaches to its k-th
+    nearest other, or to the last; its rim is outside, as in the released code.
+
+    coverage: share of real images with a fake one in their ball, 0 to 1. density: number of balls that a fake
+    image lies in, over k: about 1 for real ones, more where fakes crowd in dense places, 0 far away.
+    """
+    def apart(x, y):
+        return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")       # exact: ties stay ties
+    k = min(k, len(real) - 1)
+    radius = apart(real, real).kthvalue(k + 1).values                               # + 1: the image itself
+    inside = apart(real, fake) < radius[:, None]                                    # (N, M)
+    return inside.any(1).double().mean().item(), (inside.double().sum(0).mean() / k).item()
+
+
+def intra_cluster_diversity(generated, training):
+    """Mean distance between generated images that share their nearest training image, averaged over those;
+    nan without such. The recipe of intra-cluster LPIPS (Ojha et al. 2021, arXiv 2104.06820) on our features.
+    """
+    nearest = torch.cdist(generated, training).argmin(1)
+    clusters = [generated[nearest == i] for i in nearest.unique() if (nearest == i).sum() > 1]
+    return torch.stack([F.pdist(c).mean() for c in clusters]).mean().item() if clusters else math.nan
+
+
+def defect_crops(images, masks, side):
+    """Squares (K, C, side, side) around the centre of the box of all defect pixels; images without a defect
+    have none.
+    """
+    crops, size = [], masks.shape[1:]
+    for image, mask in zip(images, masks):
+        if mask.any():
+            middle = [(v.min() + v.max() + 1).item() // 2 for v in mask.nonzero(as_tuple=True)]
+            top, left = (min(max(0, m - side // 2), n - side) for m, n in zip(middle, size))
+            crops.append(image[:, top:top + side, left:left + side])
+    return torch.stack(crops) if crops else images.new_zeros(0, images.shape[1], side, side)
+
+
+def measure_all(images, masks, seen_masks, training, reference, features):
+    """evaluate.measure and the measures above, of one set; training and reference are (images, masks)."""
+    fake, real, seen = features(images), features(reference[0]), features(training[0])
+    coverage, density = coverage_density(real, fake)
+    side = min(images.shape[2:]) // 4
+    crops = [defect_crops(*pairs, side) for pairs in ((images, masks), training, reference)]
+    return {**measure(images, masks, seen_masks, training[0], reference[0]),
+            "1000 KID": 1000 * kid(fake, real), "coverage %": 100 * coverage, "density": density,
+            "diversity": intra_cluster_diversity(fake, seen),
+            "defect novelty": novelty(*crops).median().item() if len(crops[0]) else math.nan}
+
+
+# --- one run ---
+
+def write_pills(folder, count=300, side=32, drawn_at=44):
+    """Drawn pills with defects, cut out so that defects are large; splits of 5, 25 and 100, the others to
+    score on.
+    """
+    names, index, edge = [], 0, (drawn_at - side) // 2
+    cut = slice(edge, edge + side), slice(edge, edge + side)
+    while len(names) < count:
+        kind = drawn_kind("pill", index)
+        if kind != "good":
+            image, mask, *_ = draw("pill", 1, index, (drawn_at, drawn_at))
+            name = f"{len(names):03d}"
+            write_pair(folder, name, torch.from_numpy(image[cut]).permute(2, 0, 1), mask[cut], kind)
+            names.append(f"{kind}/{name}")
+        index += 1
+    write_classes(folder, DRAWN["pill"].classes)
+    splits = {f"train{n}": names[:n] for n in (5, 25, 100)}
+    write_json(folder / "split.json", {**splits, "test": names[100:]})
+
+
+def train_run(name, out, data, quick):
+    """Train whatever is missing of one run, and draw its pairs."""
+    split, steps, borrowed, flags = RUNS[name]
+    steps, run = 4 if quick else steps, out / name
+    for stage in ("large", "small"):
+        if stage == "large" and borrowed:
+            (run / "large").mkdir(parents=True, exist_ok=True)
+            file = f"step_{steps:06d}.pt"
+            if not (run / "large" / file).exists():
+                (run / "large" / file).symlink_to((out / borrowed / "large" / file).resolve())
+        elif steps not in checkpoints(run / stage):
+            words = ["--stage", stage, "--data", data, "--split", split, "--out", run, "--t-range", "full",
+                     "--keep", 99, "--steps", steps, "--save-every", 2 if quick else 500,
+                     *(TILE if name == "tile" else PILL), *(flags if stage == "small" else []),
+                     *(["--resume"] if checkpoints(run / stage) else [])]
+            if status := train.train(train.parse_args(list(map(str, words)))):      # a signal ended it
+                raise SystemExit(status)
+    count, num_steps = ("8", "2") if quick else ("64", "20")
+    sample.draw_pairs(sample.parse_args(["--run", str(run), "--count", count, "--num-steps", num_steps]))
+    return run
+
+
+def name_of(switch_t):
+    return {0: "large only", 1000: "small only"}.get(switch_t, f"switch_t {switch_t}")
+
+
+def draw_sets(run, how, seeds):
+    """{(step, set name): pairs} from the same seeds: every switch of the newest checkpoint, and from each
+    older one that both stages have the two extremes and SWITCH_T. how: the config.json of RUN/samples.
+    """
+    steps = sorted(checkpoints(run.folder / "large").keys() & checkpoints(run.folder / "small").keys())
+    sets = {}
+    for step in steps:
+        generator = DefectGen.load(run.folder, run.device, step)
+        for switch_t in SWITCHES if step == steps[-1] else (0, SWITCH_T, 1000):
+            least, most = generator.t_ranges["large"][0], generator.t_ranges["small"][1]
+            if least <= switch_t <= most:  # a stage may know its own side only
+                settings = how["num_steps"], how["sampler"], how["spacing"], switch_t
+                sets[step, name_of(switch_t)] = generator.sample(seeds, *settings)
+        print(f"{run.folder}: drawn from the checkpoint at step {step}", flush=True)
+    return sets
+
+
+def score_run(folder, quick):
+    """{step: {set name: {measure: values of the parts}}} of one run; kept in its claim.json."""
+    path = folder / ("quick_claim.json" if quick else "claim.json")
+    if path.exists():
+        return read_json(path)
+    flags = ["--run", str(folder), "--seeds", "3", "--steps", "150", *(["--quick"] if quick else [])]
+    run, how = evaluate.Run(evaluate.parse_args(flags)), read_json(folder / "samples" / "config.json")
+    _, training, reference, others = evaluate.real_sets(run)
+    sets = draw_sets(run, how, range(min(64, len(run.generated[0]))))
+    newest = max(step for step, _ in sets)
+    sets = {(newest, "other real images"): others, **sets}
+    every = torch.cat([images for images, _ in sets.values()])
+    seen = run.predict(INSPECTOR, "real", 0, every, 2 * run.args.steps)
+    seen = seen.split([len(masks) for _, masks in sets.values()])
+    groups = max(1, min(run.args.seeds, len(run.generated[0]) // 8, len(others[0])))
+    features, results = Features(run.device), {}
+    for (step, name), seen_masks in zip(sets, seen):
+        images, masks = sets[step, name]
+        parts = [measure_all(images[i::groups], masks[i::groups], seen_masks[i::groups], training, reference,
+                             features) for i in range(groups)]
+        results.setdefault(str(step), {})[name] = {key: [part[key] for part in parts] for key in parts[0]}
+    write_json(path, results)
+    return read_json(path)
+
+
+# --- tables and a plot ---
+
+def show(results):
+    """The published tables: against switch, training steps, number of images, depth, ways of training
+    `small`.
+    """
+    columns = ["copies %", "novelty", "defect novelty", "shape", "patch distance", "coverage %", "mask fit %"]
+    ends, both = ("large only", name_of(SWITCH_T), "small only"), (name_of(SWITCH_T), "small only")
+    pills = [steps for name, steps in results.items() if name != "tile"]
+    equal = max(set.intersection(*map(set, pills)), key=int)        # the most steps that all pills have
+
+    def table(caption, rows):
+        """rows: (label, run, step, set)"""
+        rows = [[label, *(cell(results[run][step][name][column]) for column in columns)]
+                for label, run, step, name in rows if name in results.get(run, {}).get(step, {})]
+        print_table({"caption": caption, "head": ["", *columns], "rows": rows})
+
+    def cell(values):
+        return "–" if None in values else spread(values, 2)         # None: not a number
+
+    for run, steps in results.items():
+        last = max(steps, key=int)
+        table(f"{run}: against switch_t, {last} steps", [(name, run, last, name) for name in steps[last]])
+    table("25 pills: against training steps",
+          [(f"{step}, {name}", "pill25", step, name) for step in results["pill25"] for name in ends])
+    table(f"against the number of images, {equal} steps",
+          [(f"{n}, {name}", f"pill{n}", equal, name) for n in (5, 25, 100) for name in ends])
+    table(f"25 pills: against the depth of the small network, {equal} steps",
+          [(f"{depth}, {name}", run, equal, name)
+           for depth, run in ((0, "pill25-d0"), (1, "pill25"), (3, "pill25-d3")) for name in both])
+    table(f"25 pills: ways of training the small network, {equal} steps",
+          [(f"{run}, {name}", run, equal, name)
+           for run in ("pill25", "trial-own", "trial-local") for name in both])
+
+
+def plot(x, lines, size=(640, 360)):
+    """Lines {name: values at x} as a PIL picture, axes from the least to the most value, names below."""
+    font = ImageFont.load_default(16)
+    picture = Image.new("RGB", (size[0], size[1] + 22 * len(lines)), "white")
+    pen, (left, top, right, bottom) = ImageDraw.Draw(picture), (70, 20, size[0] - 30, size[1] - 40)
+    low, high = (f(value for values in lines.values() for value in values) for f in (min, max))
+
+    def place(a, value):
+        return (left + (right - left) * (a - x[0]) / (x[-1] - x[0]),
+                bottom - (bottom - top) * (value - low) / (high - low))
+
+    pen.rectangle((left, top, right, bottom), outline="gray")
+    for value in (low, (low + high) / 2, high):
+        pen.text((left - 8, place(x[0], value)[1]), f"{value:.1f}", "dimgray", font, anchor="rm")
+    for a in x:
+        pen.text((place(a, low)[0], bottom + 8), f"{a:g}", "dimgray", font, anchor="ma")
+    for i, (name, values) in enumerate(lines.items()):
+        colour, y = tuple(PALETTE[i + 1].tolist()), size[1] + 22 * i
+        pen.line([place(*point) for point in zip(x, values)], colour, 3)
+        pen.line((left, y, left + 24, y), colour, 4)
+        pen.text((left + 32, y), name, "black", font, anchor="lm")
+    return picture
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Measure the paper's claim.")
+    parser.add_argument("--out", default="runs/claim", type=Path, help="for the runs (default: %(default)s)")
+    parser.add_argument("--tile", metavar="FOLDER", help="magnetic tile photos, as well")
+    parser.add_argument("--quick", action="store_true", help="two runs of a few steps")
+    args = parser.parse_args()
+    out = args.out / "quick" if args.quick else args.out
+    if not (out / "pills" / "split.json").exists():
+        write_pills(out / "pills")
+    names = ["pill25", "pill25-d0"] if args.quick else [name for name in RUNS if name != "tile" or args.tile]
+    results = {}
+    for name in names:
+        data = args.tile if name == "tile" else out / "pills"
+        results[name] = score_run(train_run(name, out, data, args.quick), args.quick)
+        write_json(out / "claim.json", results)
+    show(results)
+    if not args.quick:
+        runs = {f"{n} images": results[f"pill{n}"] for n in (5, 25, 100)}
+        lines = {label: [statistics.mean(steps[max(steps, key=int)][name_of(s)]["novelty"]) for s in SWITCHES]
+                 for label, steps in runs.items()}
+        write_image(out / "claim.png", plot(SWITCHES, lines))
+    print(f"numbers: {out / 'claim.json'}")
+
+
+if __name__ == "__main__":
+    run_main(main)
