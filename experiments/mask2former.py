@@ -3,12 +3,10 @@ and with pairs.
 
     python -m experiments.mask2former --run runs/demo --run runs/mine --seeds 3 --steps 150
     python -m experiments.mask2former --run runs/demo --ratios 20 50 100 200 300        the paper's ablation
-    python -m experiments.mask2former --quick                                           shows that everything
-    runs
+    python -m experiments.mask2former --quick                                           a run-through
 
 References: Mask2Former, Cheng et al. 2022, arXiv 2112.01527; its pixel decoder is that of Deformable DETR,
-            Zhu et al. 2021,
-arXiv 2010.04159.
+Zhu et al. 2021, arXiv 2010.04159.
 """
 import argparse
 import math
@@ -32,12 +30,13 @@ from segment import (ARCHS, IGNORE, RESNETS, Segmenter, attend, confusion_matrix
 # Tokens travel as (B, N, C): the pixels of three maps, stride 32, 16 and 8, one map after the other.
 
 def sine_position(h: int, w: int, dim: int) -> torch.Tensor:
-    """(h w, dim): dim / 4 sines and cosines of y, then of x, both 0 to 2 pi over the map, at frequencies from
-    1 down to 10^-4.
+    """(h w, dim): dim / 4 sines and cosines of y, then of x. Both run from 0 to 2 pi over the map; the
+    frequencies from 1 down to 10^-4.
     """
+    period = 10_000 ** (torch.arange(dim // 4) / (dim // 4))
+
     def code(n):
-        angle = torch.arange(1, n + 1)[:, None] * (2 * math.pi / n) / 10_000**(torch.arange(dim // 4) /
-                                                                               (dim // 4))
+        angle = torch.arange(1, n + 1)[:, None] * (2 * math.pi / n) / period
         return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)                      # (n, dim / 2)
     return torch.cat([code(h).repeat_interleave(w, 0), code(w).repeat(h, 1)], dim=1)
 
@@ -46,10 +45,9 @@ def deformable_attention(value, places, weights, sizes) -> torch.Tensor:
     """Weighted sum over maps and points of what each head finds at its places (Deformable DETR, eq. 3).
 
     Args:
-        value: (B, sum of h w, heads, C), the pixels of maps of `sizes` [(h, w), ...], one map after the
-               other.
-        places: (B, N, heads, maps, points, 2), x and y, 0 to 1 over the map, zero around it.   weights: (B,
-                N, heads, maps, points).
+        value:   (B, sum of h w, heads, C), the pixels of maps of `sizes` [(h, w), ...], one after the other.
+        places:  (B, N, heads, maps, points, 2), x and y, 0 to 1 over the map; around it is zero.
+        weights: (B, N, heads, maps, points).
     Returns: (B, N, heads C).
     """
     B, N, num_heads = places.shape[:3]
@@ -78,26 +76,26 @@ class DeformableLayer(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         for parameter in (self.offsets.weight, self.weights.weight, self.weights.bias):
             nn.init.zeros_(parameter)
-        angle = torch.arange(num_heads) * (2 * math.pi / num_heads
-                                           )  # each head starts with its own direction,
-        ray = torch.stack([angle.cos(), angle.sin()], dim=-1)                          # at 1 .. points pixels
+        # Each head starts with its own direction, and looks 1, 2, ... pixels far.
+        angle = torch.arange(num_heads) * (2 * math.pi / num_heads)
+        ray = torch.stack([angle.cos(), angle.sin()], dim=-1)
         ray = (ray / ray.abs().amax(-1, keepdim=True))[:, None, None] * torch.arange(1, points + 1)[:, None]
         self.offsets.bias.data = ray.expand(*self.shape, 2).flatten().clone()
 
     def forward(self, x, position, centre, sizes):                 # centre (N, 2): x, y of the pixels, 0 to 1
         query, extent = x + position, torch.tensor([(w, h) for h, w in sizes], device=x.device)
-        places = centre[:, None, None,
-                        None] + self.offsets(query).float().unflatten(-1, (*self.shape, 2)) / extent[:, None]
-        weights = self.weights(query).float().unflatten(-1, (self.shape[0], -1)).softmax(-1).unflatten(
-            -1, self.shape[1:])
+        offsets = self.offsets(query).float().unflatten(-1, (*self.shape, 2)) / extent[:, None]
+        places = centre[:, None, None, None] + offsets
+        weights = self.weights(query).float().unflatten(-1, (self.shape[0], -1)).softmax(-1)
+        weights = weights.unflatten(-1, self.shape[1:])
         value = self.value(x).unflatten(-1, (self.shape[0], -1))
         x = self.norm1(x + self.out(deformable_attention(value, places, weights, sizes)))
         return self.norm2(x + self.ffn(x))
 
 
 class PixelDecoder(nn.Module):
-    """Lets the maps at stride 32, 16 and 8 exchange what they see; then, with the one at stride 4, an
-    embedding per pixel there.
+    """Lets the maps at stride 32, 16 and 8 exchange what they see, then makes an embedding of each pixel at
+    stride 4.
     """
 
     def __init__(self, channels, dim: int, layers: int):
@@ -108,32 +106,27 @@ class PixelDecoder(nn.Module):
         self.project = nn.ModuleList(conv_gn(c) for c in channels[:0:-1])                   # stride 32, 16, 8
         self.level = nn.Parameter(torch.randn(3, dim))
         self.layers = nn.ModuleList(DeformableLayer(dim) for _ in range(layers))
-        self.low, self.join = conv_gn(channels[0]), nn.Sequential(conv_gn(dim, 3), nn.ReLU(),
-                                                                  nn.Conv2d(dim, dim, 1))
+        self.low = conv_gn(channels[0])
+        self.join = nn.Sequential(conv_gn(dim, 3), nn.ReLU(), nn.Conv2d(dim, dim, 1))
 
     def forward(self, features):
-        """Four maps, stride 4 to 32 -> tokens, their positions and their sizes, each for three maps; pixels
-        (B, C, H/4, W/4).
+        """Four maps, stride 4 to 32 -> (tokens, their positions, their sizes), each for three maps, and
+        pixels (B, C, H/4, W/4).
         """
         maps = [project(feature) for project, feature in zip(self.project, features[:0:-1])]
-        x, sizes = torch.cat([m.flatten(2).transpose(1, 2) for m in maps],
-                             dim=1), [m.shape[-2:] for m in maps]
-        position = torch.cat([
-            sine_position(*size, x.shape[-1]).to(x.device) + level for size, level in zip(sizes, self.level)
-        ])
-        centre = [
-            torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w).flip(1)
-            for h, w in sizes
-        ]
-        centre = torch.cat(centre).to(x.device)
+        sizes = [m.shape[-2:] for m in maps]
+        x = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)
+        position = torch.cat([sine_position(*size, x.shape[-1]).to(x.device) + level
+                              for size, level in zip(sizes, self.level)])
+        centre = torch.cat([torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w)
+                            for h, w in sizes]).flip(1).to(x.device)
         for layer in self.layers:
             x = layer(x, position, centre, sizes)
         counts, low = [h * w for h, w in sizes], self.low(features[0])
         tokens = x.split(counts, dim=1)
         deep = tokens[2].transpose(1, 2).unflatten(2, sizes[2])                                # stride 8
-        pixels = self.join(low +
-                           F.interpolate(deep, size=low.shape[-2:], mode="bilinear", align_corners=False))
-        return tokens, position.split(counts), sizes, pixels
+        deep = F.interpolate(deep, size=low.shape[-2:], mode="bilinear", align_corners=False)
+        return tokens, position.split(counts), sizes, self.join(low + deep)
 
 
 class Attention(nn.Module):
@@ -161,16 +154,15 @@ class QueryLayer(nn.Module):
 
 
 def claimed(masks: torch.Tensor, size) -> torch.Tensor:
-    """Where a query may look: the pixels of a map that its mask logits (B, Q, h, w) claim, or all if none.
-    (B, 1, Q, H W) bool.
+    """Where a query may look, (B, 1, Q, H W) bool: the pixels that its mask logits (B, Q, h, w) claim in a
+    map of `size`, or all if it claims none.
     """
     seen = F.interpolate(masks.detach(), size=size, mode="bilinear", align_corners=False).flatten(2) >= 0
     return (seen | ~seen.any(-1, keepdim=True))[:, None]
 
 
 def assign(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of the pairs of least total cost, min(n, m) of them: the Hungarian method by shortest
-    augmenting paths.
+    """Rows and columns of the pairs of least total cost, min(n, m) of them, by the Hungarian method.
 
     Potentials u, v keep cost - u - v >= 0, and 0 on the pairs; each row adds its shortest path to a free
     column (Dijkstra): O(n^2 m).
@@ -202,8 +194,7 @@ def assign(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def draw_points(target: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Centres of `count` random pixels per image of (B, H, W), none of them IGNORE unless all are.
 
-    Returns: places (B, count, 2), x and y, -1 to 1 over the image as grid_sample counts; their classes (B,
-             count).
+    Returns: places (B, count, 2), x and y, -1 to 1 over the image as in grid_sample; classes (B, count).
     """
     h, w = target.shape[1:]
     valid = (target != IGNORE).flatten(1)
@@ -223,8 +214,8 @@ def dice_loss(both, either):
 
 
 class Mask2Former(Segmenter):
-    """Queries that each claim a mask and name its class: masked attention to three maps in turn, every layer
-    judged.
+    """Queries that each claim a mask and name its class: masked attention to three maps in turn. Every layer
+    has a loss.
 
     A class that occurs in an image is one segment, background too. Unlike the paper's: 3 deformable layers
     instead of 6, and 20 queries (2 K if that is more) instead of 100, for a handful of classes; as many
@@ -234,11 +225,7 @@ class Mask2Former(Segmenter):
 
     lr, backbones, no_object = 3e-4, RESNETS, 0.1
 
-    def __init__(self,
-                 num_classes: int,
-                 backbone: str = "resnet18",
-                 dim: int = 256,
-                 pixel_layers: int = 3,
+    def __init__(self, num_classes: int, backbone: str = "resnet18", dim: int = 256, pixel_layers: int = 3,
                  layers: int = 9):
         super().__init__()
         self.num_classes, self.architecture = num_classes, backbone
@@ -247,22 +234,18 @@ class Mask2Former(Segmenter):
         self.queries, self.query_position = (nn.Parameter(torch.randn(max(20, 2 * num_classes), dim))
                                              for _ in range(2))
         self.layers, self.norm = nn.ModuleList(QueryLayer(dim) for _ in range(layers)), nn.LayerNorm(dim)
-        self.classifier, self.embed = nn.Linear(dim,
-                                                num_classes + 1), mlp(dim, dim, dim,
-                                                                      dim)  # the last class is "no object"
+        self.classifier = nn.Linear(dim, num_classes + 1)                     # the last class is "no object"
+        self.embed = mlp(dim, dim, dim, dim)
 
     def predictions(self, x):
-        """Class logits (L, B, Q, K + 1) and mask logits (L, B, Q, H/4, W/4) of the bare queries and after
-        each layer.
-        """
+        """Class logits (L, B, Q, K + 1) and mask logits (L, B, Q, H/4, W/4), before and after each layer."""
         tokens, position, sizes, pixels = self.pixel_decoder(resnet_features(self.backbone, x))
         queries, classes, masks = self.queries.expand(len(x), -1, -1), [], []
         for i in range(len(self.layers) + 1):
             if i > 0:
                 level = (i - 1) % 3
-                seen = claimed(masks[-1], sizes[level])
                 queries = self.layers[i - 1](queries, self.query_position, tokens[level], position[level],
-                                             seen)
+                                             claimed(masks[-1], sizes[level]))
             normed = self.norm(queries)
             classes.append(self.classifier(normed).float())
             masks.append(torch.einsum("bqc,bchw->bqhw", self.embed(normed), pixels).float())
@@ -276,20 +259,19 @@ class Mask2Former(Segmenter):
 
     @torch.no_grad()
     def match(self, classes, masks, truth, present):
-        """Give every class that occurs to the query that fits it best: indices (layer, image, query, class)
-        of the pairs.
+        """Give every class that occurs to the query that fits it best.
 
-        Args: classes (L, B, Q, K + 1); masks (L, B, Q, P), logits at the points; truth (B, P); present (B, K)
-              bool.
+        Args:    classes (L, B, Q, K + 1); masks (L, B, Q, P), logits at the points; truth (B, P);
+                 present (B, K) bool.
+        Returns: (4, pairs): layer, image, query and class of each.
         """
         truth = (truth[..., None] == torch.arange(self.num_classes, device=truth.device)).float()  # (B, P, K)
         chance = masks.sigmoid()
-        binary = (F.softplus(masks).sum(-1, keepdim=True) -
-                  masks @ truth) / masks.shape[-1]  # cross-entropy (L, B, Q, K)
+        # The binary cross-entropy of each query with each class, (L, B, Q, K).
+        binary = (F.softplus(masks).sum(-1, keepdim=True) - masks @ truth) / masks.shape[-1]
         dice = dice_loss(chance @ truth, chance.sum(-1, keepdim=True) + truth.sum(1)[:, None])
         cost = 5 * binary + 5 * dice - 2 * classes.softmax(-1)[..., :-1]
-        cost, present = cost.nan_to_num(0, 0,
-                                        0).double().cpu().numpy(), present.cpu().numpy()  # `fit` stops at NaN
+        cost, present = cost.nan_to_num(0, 0, 0).double().cpu().numpy(), present.cpu().numpy()
         pairs = []
         for layer, image in np.ndindex(cost.shape[:2]):
             there = np.flatnonzero(present[image])
@@ -298,15 +280,15 @@ class Mask2Former(Segmenter):
         return torch.tensor(np.array(pairs, dtype=np.int64).reshape(-1, 4).T, device=classes.device)
 
     def loss(self, x, target):
-        """2 cross-entropy of the classes + 5 (binary cross-entropy + Dice) of the masks at P points, 3/4 of
-        them where it is unsure.
+        """2 cross-entropy of the classes + 5 (binary cross-entropy + Dice) of the masks at P points, of which
+        three quarters are where the mask is least sure.
         """
         classes, masks = self.predictions(padded(x, mode="replicate"))
         target = padded(target, value=IGNORE)
         K, P = self.num_classes, min(12544, max(1024, target[0].numel() // 16))
         places, truth = draw_points(target, 3 * P + P // 4)
-        present = torch.zeros(len(x), IGNORE + 1, device=x.device).scatter_(1, target.flatten(1),
-                                                                            1)[:, :K] > 0
+        present = torch.zeros(len(x), IGNORE + 1, device=x.device).scatter_(1, target.flatten(1), 1)
+        present = present[:, :K] > 0
         found = read_points(masks.detach().transpose(0, 1).flatten(1, 2), places[:, :P])         # (B, L Q, P)
         found = found.unflatten(1, (len(masks), -1)).transpose(0, 1)
         layer, image, query, k = self.match(classes, found, truth[:, :P], present)
@@ -315,22 +297,20 @@ class Mask2Former(Segmenter):
         labels[:, ~present.any(1)] = IGNORE
         labels[layer, image, query] = k
         weights = (labels != IGNORE) * torch.where(labels == K, self.no_object, 1.0)
-        cross_entropy = F.cross_entropy(classes.flatten(0, 2),
-                                        labels.flatten(),
-                                        ignore_index=IGNORE,
+        cross_entropy = F.cross_entropy(classes.flatten(0, 2), labels.flatten(), ignore_index=IGNORE,
                                         reduction="none")
         cross_entropy = (cross_entropy * weights.flatten()).sum() / weights.sum().clamp(min=1e-6)
 
-        masks, places, truth = masks[layer, image, query][:,
-                                                          None], places[image], truth[image]  # a row per pair
+        # From here one row per pair.
+        masks, places, truth = masks[layer, image, query][:, None], places[image], truth[image]
         with torch.no_grad():
             unsure = read_points(masks, places[:, :3 * P])[:, 0].abs().topk(P - P // 4, largest=False).indices
-        index = torch.cat(
-            [unsure, torch.arange(3 * P, 3 * P + P // 4, device=x.device).expand(len(k), -1)], dim=1)
+        others = torch.arange(3 * P, 3 * P + P // 4, device=x.device).expand(len(k), -1)
+        index = torch.cat([unsure, others], dim=1)
         found = read_points(masks, places.gather(1, index[..., None].expand(-1, -1, 2)))[:, 0]    # (pairs, P)
         truth = (truth.gather(1, index) == k[:, None]).float()
-        binary, chance = F.binary_cross_entropy_with_logits(found, truth,
-                                                            reduction="none").mean(1), found.sigmoid()
+        binary = F.binary_cross_entropy_with_logits(found, truth, reduction="none").mean(1)
+        chance = found.sigmoid()
         dice = dice_loss((chance * truth).sum(1), (chance + truth).sum(1))
         return 2 * cross_entropy + 5 * (binary + dice).sum() / max(1, len(k))
 
@@ -349,42 +329,34 @@ def score(run, arch, pool, seed):
     return 100 * miou(confusion_matrix(masks, run.scored[1], len(run.classes)))["miou"]
 
 
-def main():
+def parse_args():
     parser = argparse.ArgumentParser(
         description="The paper's table: networks x data sets, without and with pairs.")
-    parser.add_argument("--run",
-                        action="append",
-                        help="run with pairs in RUN/samples; can be repeated (default: runs/demo)")
-    parser.add_argument("--arch", nargs="+", default=list(ARCHS), help="default: all three")
-    parser.add_argument("--ratios",
-                        type=int,
-                        nargs="+",
-                        default=[100],
-                        help="%% of generated pairs for each real one (default: 100)")
-    parser.add_argument("--seeds", type=int, default=3, help="segmenters of each kind (default: %(default)s)")
-    parser.add_argument("--steps",
-                        type=int,
-                        default=150,
-                        help="optimiser steps of each (default: %(default)s)")
-    parser.add_argument("--out",
-                        type=Path,
-                        default=Path("runs/paper_table.json"),
-                        help="finished cells are kept there (default: %(default)s)")
-    parser.add_argument("--quick",
-                        action="store_true",
-                        help="one seed of 2 steps; the numbers mean nothing and are not kept")
+    add = parser.add_argument
+    add("--run", action="append", help="run with pairs in RUN/samples; repeatable (default: runs/demo)")
+    add("--arch", nargs="+", default=list(ARCHS), help="networks (default: all three)")
+    add("--ratios", type=int, nargs="+", default=[100],
+        help="%% of generated pairs for each real one (default: 100)")
+    add("--seeds", type=int, default=3, help="segmenters of each kind (default: %(default)s)")
+    add("--steps", type=int, default=150, help="optimiser steps of each (default: %(default)s)")
+    add("--out", type=Path, default=Path("runs/paper_table.json"),
+        help="finished cells are kept there (default: %(default)s)")
+    add("--quick", action="store_true", help="one seed of 2 steps; its numbers mean nothing, none is kept")
     args = parser.parse_args()
-    seeds, cells = 1 if args.quick else args.seeds, read_json(
-        args.out) if args.out.exists() and not args.quick else {}
-    runs, pools, rows, gains = args.run or ["runs/demo"], ["real", *args.ratios], [], {}
-    for folder in runs:
-        run = evaluate.Run(
-            evaluate.parse_args(["--run", folder, "--steps",
-                                 str(args.steps), *["--quick"] * args.quick]))
+    args.run, args.seeds = args.run or ["runs/demo"], 1 if args.quick else args.seeds
+    return args
+
+
+def main():
+    args = parse_args()
+    cells = read_json(args.out) if args.out.exists() and not args.quick else {}
+    rows, gains, quick = [], {}, ["--quick"] * args.quick
+    for folder in args.run:
+        run = evaluate.Run(evaluate.parse_args(["--run", folder, "--steps", str(args.steps), *quick]))
         for arch in args.arch:
-            found = {pool: [] for pool in pools}
-            for pool in pools:
-                for seed in range(seeds):
+            found = {pool: [] for pool in ["real", *args.ratios]}
+            for pool in found:
+                for seed in range(args.seeds):
                     key = f"{folder}|{arch}|{pool}|{seed}|{args.steps}"
                     if key not in cells:
                         cells[key] = score(run, arch, pool, seed)
@@ -395,18 +367,13 @@ def main():
             for ratio in args.ratios:
                 gain = [b - a for a, b in zip(found["real"], found[ratio])]
                 gains.setdefault((arch, ratio), []).append(statistics.mean(gain))
-                rows.append([
-                    folder, arch, f"{ratio} %",
-                    spread(found["real"], 1),
-                    spread(found[ratio], 1),
-                    spread(gain, 1)
-                ])
-    rows += [["mean of runs", arch, f"{ratio} %", "", "",
-              spread([statistics.mean(values)], 1)] for (arch, ratio), values in gains.items()]
-    print_table({
-        "caption": "mIoU over the defect classes in %; the difference is paired by seed", "rows": rows,
-        "head": ["run", "network", "generated", "real", "real + generated", "difference"]
-    })
+                rows.append([folder, arch, f"{ratio} %", spread(found["real"], 1), spread(found[ratio], 1),
+                             spread(gain, 1)])
+    for (arch, ratio), means in gains.items():
+        rows.append(["mean of runs", arch, f"{ratio} %", "", "", spread([statistics.mean(means)], 1)])
+    print_table({"caption": "mIoU over the defect classes in %; the difference is paired by seed",
+                 "head": ["run", "network", "generated", "real", "real + generated", "difference"],
+                 "rows": rows})
 
 
 if __name__ == "__main__":
