@@ -25,6 +25,7 @@ for line in sys.stdin:
     child = os.fork()
     if child == 0:
         signal.alarm(300)                                       # nothing waits for ever
+        signal.signal(signal.SIGINT, signal.default_int_handler)    # background jobs ignore it
         log = os.open(job["log"] + str(os.getpid()), os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1), os.dup2(log, 2)
         os.environ.update(job["environment"])
