@@ -31,8 +31,8 @@ COPY_BELOW = 0.5        # half as new as a real photo; 0 to 3 % of held-out draw
 INSPECTOR = "deeplabv3+"        # the network of the inspection, and the judge of masks
 
 
-# --- measures: images uint8 (N, C, H, W), masks uint8 (N, H, W); each says little without that of real photos
-# ---
+# --- measures ---
+# images uint8 (N, C, H, W), masks uint8 (N, H, W). A number says little without that of real photos.
 
 def laplacian_pyramid(images, levels):
     """Float images (N, C, H, W) -> detail at each scale, finest first, and the small picture that is left."""
@@ -46,9 +46,7 @@ def laplacian_pyramid(images, levels):
 
 
 def wasserstein(a, b, points=1024):
-    """1-Wasserstein distance of samples along the last axis: (..., n), (..., m) -> (...), by `points`
-    quantiles.
-    """
+    """1-Wasserstein distance of samples by `points` quantiles: (..., n), (..., m) -> (...)."""
     at = (torch.arange(points, dtype=torch.float64) + 0.5) / points
     a, b = (v.sort(-1).values[..., (at * v.shape[-1]).long()] for v in (a, b))
     return (a - b).abs().mean(-1)
@@ -77,9 +75,7 @@ def sliced_wasserstein(images, reference, levels=3, patch=7, projections=64, see
 
 
 def variants(images, masks, names):
-    """The images and masks in every way that datasets.augment can lay them, in blocks of N, as they are
-    first.
-    """
+    """Images and masks in every way that datasets.augment lays them, in blocks of N; first as they are."""
     axes = [(), (-1,), (-2,), (-2, -1)] if "flip" in names else [()]
     square = images.shape[-2] == images.shape[-1]
     turns = [0, *([1] if square else []), *([] if "flip" in names else [2, *([3] if square else [])])]
@@ -100,8 +96,7 @@ def distances(images, others, low_pass):
 
 
 def novelty(generated, training, held_out):
-    """Distance to the nearest training image, over the median of that distance for held-out real images:
-    (N,).
+    """(N,): distance to the nearest training image, over the median of that for held-out real images.
 
     0: a copy; 1: as new as a real photo. Pass the training images with their variants: a flipped copy is one.
     Bland images lie near everything and come out low as well: look at them.
@@ -113,8 +108,7 @@ def novelty(generated, training, held_out):
 
 
 def shape_distance(images, reference):
-    """Distance to the nearest reference image when little but the outline is left, over its mean among those:
-    (N,).
+    """(N,): distance of the outlines to the nearest reference image, over its mean among the reference.
 
     A definition of our own. Its mean is about 1 for further real images, more where the outline is broken.
     """
@@ -123,8 +117,7 @@ def shape_distance(images, reference):
 
 
 def mask_fit(predicted, masks):
-    """IoU of any defect between each mask and what a segmenter sees in its image: (N,); nan where both are
-    empty.
+    """(N,): IoU of any defect between mask and what a segmenter sees in the image; nan if both are empty.
 
     A segmenter errs as well: give the mean for real pairs beside.
     """
@@ -133,8 +126,7 @@ def mask_fit(predicted, masks):
 
 
 def measure(images, masks, seen_masks, training, reference):
-    """{name: number} of a set of pictures, beside held-out ones (`reference`) and training images with
-    variants.
+    """{name: number} of pictures, given held-out ones (`reference`) and training images with variants.
 
     seen_masks: what a segmenter trained on the real images predicts for the pictures.
     """
@@ -183,16 +175,12 @@ class Run:
 
     @cached_property
     def mixed(self):
-        """Real and generated pairs 1:1, near the best ratio of the paper, or fewer where there are not
-        enough.
-        """
+        """Real and generated pairs 1:1, near the paper's best ratio; fewer generated if there are fewer."""
         return mix(self.real, self.generated, min(1, len(self.generated[0]) / len(self.real[0])))
 
     @cached_property
     def original(self):
-        """The training images with one coarse class, as older data sets have it, and where that comes
-        from.
-        """
+        """The training images with one coarse class, as in older data sets, and where that comes from."""
         spec = self.args.original or (f"{self.data}:original" if self.data.startswith("drawn:") else None)
         if spec is None:
             return (self.real[0], (self.real[1] > 0).byte()), "the exact masks with all classes merged"
@@ -211,9 +199,7 @@ class Run:
         return (self.real if name == "real" else self.mixed), len(self.classes)
 
     def predict(self, arch, pool, seed, images=None, steps=None):
-        """Masks that a segmenter trained on a pool predicts for the scoring images; kept, for two experiments
-        ask.
-        """
+        """What a segmenter trained on a pool predicts for the scoring images; kept: two experiments ask."""
         key = arch, pool, seed
         if images is None and key in self.predictions:
             return self.predictions[key]
@@ -342,9 +328,7 @@ def segmentation(run, progress):
 
 
 def inspection(run, progress):
-    """Recall and false alarms of verdicts: any defect that original labels find, or the standard on exact
-    ones.
-    """
+    """Recall and false alarms: any defect that original labels find, or the standard on exact ones."""
     args, name = run.args, run.test.name.split(":")[-1]
     given = args.standard or (name if name in STANDARDS else None)
     if given is None:
@@ -433,9 +417,7 @@ def html_table(table):
 
 
 def write_report(folder, metrics):
-    """folder/report.html: tables, text and pictures of every experiment in metrics, and the settings; one
-    file.
-    """
+    """folder/report.html: tables, text, pictures and settings of every experiment, in one file."""
     title = html.escape(f"Defect-Gen: {folder}")
     parts = ["<!doctype html><html lang=en><head><meta charset=utf-8>",
              "<meta name=viewport content='width=device-width,initial-scale=1'>",

@@ -34,9 +34,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def padded(x: torch.Tensor, **how) -> torch.Tensor:
-    """Pad right and bottom to multiples of 32, and to 64 at least: BatchNorm at stride 32 needs more than one
-    pixel to train on.
-    """
+    """Pad right and bottom to multiples of 32, at least 64: at stride 32 BatchNorm needs several pixels."""
     h, w = x.shape[-2:]
     return F.pad(x, (0, max(-w % 32, 64 - w), 0, max(-h % 32, 64 - h)), **how)
 
@@ -124,12 +122,10 @@ def dilate(stage: nn.Module) -> None:
 
 
 class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling: 1x1, three dilated separable 3x3 and the image mean, side by side, then
-    joined by a 1x1.
+    """Atrous spatial pyramid pooling: 1x1, three dilated separable 3x3 and the image mean, joined by a 1x1.
 
     The image branch has a bias instead of the BatchNorm of the paper: it sees one value per image and
-                                                                       channel, from which a batch of 1
-    (a single photo, the last one on a GPU) has no variance to take.
+    channel, from which a batch of 1 (a single photo, the last one on a GPU) has no variance to take.
     """
 
     def __init__(self, c_in: int, c_out: int = 256, rates=(6, 12, 18)):
@@ -197,9 +193,7 @@ def attend(q, k, v, num_heads: int, mask=None) -> torch.Tensor:
 
 
 class EfficientAttention(nn.Module):
-    """Self-attention of every pixel to an R x R times coarser map: H W (H W / R^2) products instead of (H
-    W)^2.
-    """
+    """Self-attention of every pixel to an R x R times coarser map, which saves R^2 of its products."""
 
     def __init__(self, dim: int, num_heads: int, reduction: int):
         super().__init__()
@@ -215,9 +209,7 @@ class EfficientAttention(nn.Module):
 
 
 class MixFFN(nn.Module):
-    """Pixel-wise MLP with a depthwise 3x3 inside; its zero padding is what tells a pixel where it is (no
-    position code).
-    """
+    """Pixel-wise MLP with a depthwise 3x3 inside, whose zero padding tells a pixel where it is."""
 
     def __init__(self, dim: int, expansion: int = 4):
         super().__init__()
@@ -243,9 +235,7 @@ class TransformerBlock(nn.Module):
 
 
 class MiT(nn.Module):
-    """Mix Transformer B0: four stages of two blocks, at stride 4, 8, 16, 32. Stochastic depth grows linearly
-    from 0 to 0.1.
-    """
+    """Mix Transformer B0: four stages of two blocks, stride 4 to 32; stochastic depth grows from 0 to 0.1."""
 
     dims, num_heads, reductions = (32, 64, 160, 256), (1, 2, 5, 8), (8, 4, 2, 1)
 

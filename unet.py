@@ -245,9 +245,7 @@ def count_parameters(net):
 
 
 def count_flops(net, height, width):
-    """FLOPs of one forward pass of one image, 2 per multiply-add; no time if net was built under
-    torch.device("meta").
-    """
+    """FLOPs of a forward pass of one image, 2 per multiply-add; instant for a net on torch.device("meta")."""
     device = net.input.weight.device
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(torch.zeros(1, net.config["in_channels"], height, width, device=device), 0)

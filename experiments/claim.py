@@ -110,9 +110,7 @@ def intra_cluster_diversity(generated, training):
 
 
 def defect_crops(images, masks, side):
-    """Squares (K, C, side, side) around the centre of the box of all defect pixels; images without a defect
-    have none.
-    """
+    """Squares (K, C, side, side) around the centre of all defect pixels, of the images that have any."""
     crops, size = [], masks.shape[1:]
     for image, mask in zip(images, masks):
         if mask.any():
@@ -137,9 +135,7 @@ def measure_all(images, masks, seen_masks, training, reference, features):
 # --- one run ---
 
 def write_pills(folder, count=300, side=32, drawn_at=44):
-    """Drawn pills with defects, cut out so that defects are large; splits of 5, 25 and 100, the others to
-    score on.
-    """
+    """Drawn pills cut out so that defects are large; splits of 5, 25 and 100, the others to score on."""
     names, index, edge = [], 0, (drawn_at - side) // 2
     cut = slice(edge, edge + side), slice(edge, edge + side)
     while len(names) < count:
@@ -226,9 +222,7 @@ def score_run(folder, quick):
 # --- tables and a plot ---
 
 def show(results):
-    """The published tables: against switch, training steps, number of images, depth, ways of training
-    `small`.
-    """
+    """The published tables: by switch, steps, number of images, depth, and way of training `small`."""
     columns = ["copies %", "novelty", "defect novelty", "shape", "patch distance", "coverage %", "mask fit %"]
     ends, both = ("large only", name_of(SWITCH_T), "small only"), (name_of(SWITCH_T), "small only")
     pills = [steps for name, steps in results.items() if name != "tile"]

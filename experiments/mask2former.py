@@ -94,9 +94,7 @@ class DeformableLayer(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """Lets the maps at stride 32, 16 and 8 exchange what they see, then makes an embedding of each pixel at
-    stride 4.
-    """
+    """Lets the maps at stride 32, 16 and 8 exchange what they see; embeds each pixel at stride 4."""
 
     def __init__(self, channels, dim: int, layers: int):
         super().__init__()
@@ -214,8 +212,7 @@ def dice_loss(both, either):
 
 
 class Mask2Former(Segmenter):
-    """Queries that each claim a mask and name its class: masked attention to three maps in turn. Every layer
-    has a loss.
+    """Queries that each claim a mask and name its class, by masked attention to three maps in turn.
 
     A class that occurs in an image is one segment, background too. Unlike the paper's: 3 deformable layers
     instead of 6, and 20 queries (2 K if that is more) instead of 100, for a handful of classes; as many
