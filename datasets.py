@@ -2,8 +2,9 @@
 
     image   uint8 (C, H, W), C = 1 when every file is grey, else 3
     mask    uint8 (H, W), the value is a class index and 0 is background; classes[0] == "background"
-    kind    the folder an image came from ("crack", "combined", "good"). It is only a name: a "combined" image
-            holds several classes, so the classes of an image are read from its mask, never from its folder.
+    kind    the folder an image came from ("crack", "combined", "good"). Classes are read from the mask, not
+            from it: a "combined" image holds several. It decides two things: the first images of each kind
+            train where there is no split.json, and those of GOOD_KINDS need no mask, having no defect.
 
 A folder is read in the layouts that LAYOUTS lists; data/convert.py brings all others into the first of them.
 drawn:pill, drawn:zipper and drawn:wood need no files; drawn:pill:original has one coarse class instead.
@@ -34,7 +35,7 @@ LAYOUTS = """  image/<kind>/<stem>.png with mask/<kind>/<stem>_mask.png, class i
   images/<kind>/<stem>.png with masks/<kind>/<stem>.png or <stem>_mask.png, class indices; also without kinds
   test/<kind>/<stem>.png with ground_truth/<kind>/<stem>_mask.png, 0/255: the class is the kind (MVTec AD)"""
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
-NO_DEFECT = {"good", "ok", "Normal", "MT_Free"}     # kinds that come without mask files: all background
+GOOD_KINDS = {"good", "ok", "Normal", "MT_Free"}    # products without a defect; they may come without masks
 FEW_SHOT = 5                        # images per kind that train where there is no split (the authors' rule)
 AUGMENTATIONS = ("flip", "turn")
 PALETTE = np.array([(0, 0, 0), (230, 25, 75), (60, 180, 75), (67, 99, 216), (255, 225, 25), (245, 130, 49),
@@ -101,10 +102,13 @@ def to_array(picture):
 
 
 def is_grey(path):
-    """Whether a file is grey by its header. One that cannot be opened is reported when it is read."""
+    """Whether a picture is grey, also in equal channels. A broken one is reported when it is read."""
     try:
         with Image.open(path) as picture:
-            return picture.mode in ("1", "L", "LA", "I", "F") or picture.mode.startswith("I;16")
+            if picture.mode in ("1", "L", "LA", "I", "F") or picture.mode.startswith("I;16"):
+                return True
+            red, green, blue = picture.convert("RGB").split()
+            return red.tobytes() == green.tobytes() == blue.tobytes()
     except Exception:               # as in open_picture
         return True
 
@@ -180,7 +184,7 @@ class DefectDataset:
     def defective(self):
         """Indices of the images with a defect, by their masks or, of drawn ones, by their kinds."""
         return [i for i, s in enumerate(self.samples)
-                if s.kind not in NO_DEFECT and (s.mask is None or self.classes_in(i) != ())]
+                if s.kind not in GOOD_KINDS and (s.mask is None or self.classes_in(i) != ())]
 
     def subset(self, indices):
         """The same data set with some of its samples."""
@@ -321,14 +325,14 @@ def read_layout(root):
         return *find_pairs(root / "image", root / "mask"), None
     if (root / "images").is_dir():
         return *find_pairs(root / "images", root / "masks"), None
-    kinds = [p.name for p in folders_in(root / "test") if p.name not in NO_DEFECT]
+    kinds = [p.name for p in folders_in(root / "test") if p.name not in GOOD_KINDS]
     return *find_pairs(root / "test", root / "ground_truth", kinds), ("background", *kinds)
 
 
 def has_layout(root):
     """Whether a folder is in one of LAYOUTS."""
-    return ((root / "image").is_dir() or (root / "images").is_dir() and (root / "masks").is_dir()
-            or (root / "test").is_dir() and (root / "ground_truth").is_dir())
+    both = ("images", "masks"), ("test", "ground_truth")
+    return (root / "image").is_dir() or any(all((root / name).is_dir() for name in pair) for pair in both)
 
 
 def find_pairs(images, masks, binary_kinds=()):
@@ -347,7 +351,7 @@ def find_pairs(images, masks, binary_kinds=()):
                     partner[stem] = unused.pop(stem + end)
         label = binary_kinds.index(kind) + 1 if kind in binary_kinds else None
         for stem, path in photos.items():
-            if stem in partner or kind in NO_DEFECT:
+            if stem in partner or kind in GOOD_KINDS:
                 name = f"{kind}/{stem}" if kind else stem
                 samples.append(Sample(name, path, partner.get(stem), kind, label))
             else:
@@ -409,15 +413,15 @@ def pick_object(spec, name):
     return objects[wanted[0]]
 
 
-def few_shot_split(dataset, n=FEW_SHOT):
-    """(train, rest): indices of the first n images of each kind in natural order, and of all others.
+def few_shot_split(dataset):
+    """(train, rest): indices of the first FEW_SHOT images of each kind in natural order, and of all others.
 
-    Images without a kind count for each class in their mask: one trains if it is among the first n of any.
+    Images without a kind count for each class in their mask: one trains if it is among the first of any.
     """
     seen, train, rest = Counter(), [], []
     for i, sample in enumerate(dataset.samples):
         groups = [sample.kind] if sample.kind else dataset.classes_in(i) or [0]
-        (train if any(seen[g] < n for g in groups) else rest).append(i)
+        (train if any(seen[g] < FEW_SHOT for g in groups) else rest).append(i)
         seen.update(groups)
     return train, rest
 
@@ -563,7 +567,7 @@ def add_data_flags(parser, split):
                         help="a folder, or drawn:pill | drawn:zipper | drawn:wood (default: %(default)s)")
     parser.add_argument("--object", help="the object to open when --data holds one folder per object")
     parser.add_argument("--split", default=split,
-                        help="which images: a list of split.json, or train | test (default: %(default)s)")
+                        help=f"a list of split.json, or train | test (default: {split or 'all images'})")
 
 
 def pick_device(name=None):
@@ -583,10 +587,11 @@ def pick_device(name=None):
 
 
 def has_bf16(device):
-    """Whether bfloat16 pays on this device: CUDA from compute capability 8, CPUs with AMX."""
+    """Whether bfloat16 pays: CUDA from compute capability 8, Intel CPUs with AMX, AMD ones from Zen 4."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    cpu = torch.cpu
+    return device.type == "cpu" and (cpu._is_amx_tile_supported() or cpu._is_avx512_bf16_supported())
 
 
 def run_main(main):
@@ -629,7 +634,7 @@ def audit(dataset):
         several += present > 1
         for name, count in zip(dataset.classes, pixels):
             areas[name] += [count] if count else []
-        if not present and sample.kind not in NO_DEFECT:
+        if not present and sample.kind not in GOOD_KINDS:
             empty.append(sample.name)
     return {"name": dataset.name, "images": len(dataset), "channels": dataset.channels, "sizes": sizes,
             "kinds": Counter(s.kind or "(no kind)" for s in dataset.samples), "classes": areas,
@@ -657,7 +662,7 @@ def print_audit(report, notes=()):
 def contact_sheet(dataset, per_kind=4, tile=160):
     """Images, each beside itself with its mask laid over, defects first; None if nothing can be read."""
     rows, kinds = [], {s.kind: None for s in dataset.samples}
-    for kind in sorted(kinds, key=lambda kind: kind in NO_DEFECT):
+    for kind in sorted(kinds, key=lambda kind: kind in GOOD_KINDS):
         pictures = []
         for i in [i for i, s in enumerate(dataset.samples) if s.kind == kind][:per_kind]:
             try:

@@ -3,12 +3,13 @@
 Few images make a diffusion model memorise them. A network with few down-samplings sees patches only: it
 draws new local patches but loses the product's shape. So `large` owns the noisy steps t >= switch_t, where
 the shape is decided, and `small` owns t < switch_t, where the details are. It is ONE trajectory over one list
-of timesteps; nothing is renumbered at the switch (the released code denoises to the end with `large` and
-starts again with `small`, which is another method).
+of timesteps; nothing is renumbered at the switch (the released code takes the picture that `large` ends with
+for x_t of `small`, which is another method).
 
-Image and mask are denoised together, as the channels of one picture:
-    joint (B, C + K, H, W) in [-1, 1]: C image channels, then one channel per class (background too), which is
-    +1 inside and -1 outside.
+The stages may work at two sizes: `large` plans the whole product in a small picture, `small` draws its detail
+at full resolution. Then the plan is drawn to its end, enlarged, and noised again to where `small` begins.
+
+Image and mask are denoised together, as the channels of one picture; see Joint.
 
     python defect_gen.py [--run runs/demo]      draws one trajectory (without a run: of an exact denoiser)
 """
@@ -22,11 +23,13 @@ import torch.nn.functional as F
 
 from datasets import (has_bf16, open_dataset, overlay, pick_device, run_main, sheet, write_atomically,
                       write_image)
-from diffusion import noise_for, sample, schedule, timesteps, to_x_start
-from unet import UNet
+from diffusion import noise_for, q_sample, sample, schedule, timesteps, to_x_start
+from unet import UNet, receptive_field
 
 STAGES = ("large", "small")
 SWITCH_T = 400      # the released script's value; the paper's own u is reported ambiguously (50 in one place)
+IMAGE_STD = 0.7     # of the standardised image channels, close to that of masks, whose values are -1 and 1
+TILE = 512          # px; a small network that sees patches goes over larger pictures piece by piece
 
 
 # --- the idea ---
@@ -41,31 +44,88 @@ def switched(large, small, switch_t):
     return denoise
 
 
-def encode(image, mask, num_classes):
-    """Image uint8 (B, C, H, W) and mask uint8 (B, H, W) -> joint float32 (B, C + K, H, W) in [-1, 1].
+class Joint:
+    """Image and mask as the channels of one picture, and back.
 
-    Masks have the amplitude of images ({-1, +1}); the released code's {0, 1} halves their signal to noise.
+        joint (B, C + K, H, W) float32: C image channels, whose mean over the training images is 0 and whose
+        standard deviation is IMAGE_STD; then one channel per class (background too), +1 inside, -1 outside
+
+    Photos of low contrast are a weak signal: left in [-1, 1] they drown in noise long before their masks do.
+    Standardised, a timestep and so `switch_t` mean the same signal-to-noise ratio for every product.
+
+    Attributes: limits, the (low, high) that x_0 can have, each (1, C + K, 1, 1); weights (C + K,) of the
+    channels in the loss: image and mask count the same, however many channels they have.
     """
-    classes = torch.arange(num_classes, device=mask.device).view(1, -1, 1, 1)
-    one_hot = mask.unsqueeze(1) == classes                                                 # (B, K, H, W) bool
-    return torch.cat([image.float() / 127.5 - 1, one_hot.float() * 2 - 1], dim=1)
+
+    def __init__(self, statistics, num_classes, device="cpu"):
+        """statistics: as image_statistics returns them."""
+        self.mean, std = (torch.tensor(statistics[name], device=device).view(1, -1, 1, 1)
+                          for name in ("mean", "std"))
+        self.scale, self.num_classes, C = IMAGE_STD / std, num_classes, std.shape[1]
+        ones = torch.ones(1, num_classes, 1, 1, device=device)
+        self.limits = tuple(torch.cat([(grey - self.mean) * self.scale, sign * ones], dim=1)
+                            for grey, sign in ((0, -1), (255, 1)))
+        self.weights = torch.tensor([0.5 / C] * C + [0.5 / num_classes] * num_classes, device=device)
+
+    def encode(self, image, mask):
+        """Image uint8 (B, C, H, W) and mask uint8 (B, H, W) -> joint."""
+        classes = torch.arange(self.num_classes, device=mask.device).view(1, -1, 1, 1)
+        one_hot = mask.unsqueeze(1) == classes                                             # (B, K, H, W) bool
+        return torch.cat([(image.float() - self.mean) * self.scale, one_hot.float() * 2 - 1], dim=1)
+
+    def decode(self, joint):
+        """joint -> image uint8 (B, C, H, W), mask uint8 (B, H, W): the class whose channel is highest."""
+        image, classes = joint[:, :-self.num_classes], joint[:, -self.num_classes:]
+        grey = (image / self.scale + self.mean).round().clamp(0, 255).to(torch.uint8)
+        return grey, classes.argmax(1).to(torch.uint8)
 
 
-def decode(joint, num_classes):
-    """joint (B, C + K, H, W) -> image uint8 (B, C, H, W), mask uint8 (B, H, W): the highest class channel."""
-    image, classes = joint[:, :-num_classes], joint[:, -num_classes:]
-    return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8), classes.argmax(1).to(torch.uint8)
+def image_statistics(dataset):
+    """{"mean", "std"}: a number per image channel, in grey levels, over copies of 64x64.
+
+    The same for both stages, whatever their sizes. A constant channel gets the std 1.
+    """
+    copies = dataset.subset(range(len(dataset)))
+    copies.size = (64, 64)
+    images = copies.tensors()[0].double()
+    return {"mean": images.mean((0, 2, 3)).tolist(), "std": images.std((0, 2, 3)).clamp(min=1).tolist()}
+
+
+def enlarge(joint, size):
+    """A plan (B, C + K, h, w) at `size`, bicubic: what it lacks there is finer than the noise it gets."""
+    return F.interpolate(joint, size=size, mode="bicubic", align_corners=False)
+
+
+def in_tiles(net, x_t, t):
+    """net(x_t, t), in pieces of TILE px where the net sees less than that: the same answer in flat memory.
+
+    Each piece is computed with a margin that holds all that its pixels see.
+    """
+    height, width = x_t.shape[2:]
+    field = receptive_field(net)
+    if net.config["norm"] != "local" or field > TILE or max(height, width) <= TILE:
+        return net(x_t, t)
+    step = 2 ** net.depth
+    margin = math.ceil(field / 2 / step) * step                     # pieces begin where all levels begin
+    answer = torch.empty_like(x_t)
+    for top in range(0, height, TILE):
+        for left in range(0, width, TILE):
+            y, x = max(0, top - margin), max(0, left - margin)
+            piece = net(x_t[..., y:top + TILE + margin, x:left + TILE + margin], t)
+            piece = piece[..., top - y:top - y + TILE, left - x:left - x + TILE]
+            answer[..., top:top + TILE, left:left + TILE] = piece
+    return answer
 
 
 # --- checkpoints ---
 
-def save_stage(path, stage, net, ema, optimizer, step, config):
+def save_stage(path, net, ema, optimizer, step, config):
     """Write one stage's checkpoint: tensors and plain values only.
 
-    config: the resolved settings of training; it names data, classes, channels, size, T and target, so that
-    sampling needs nothing else. Raises OSError, and the checkpoints there are stay as they were.
+    config: the settings of training, complete; it names stage, data, classes, channels, statistics, size, T
+    and target, so that sampling needs nothing else. Raises OSError; older checkpoints stay as they were.
     """
-    checkpoint = {"stage": stage, "step": step, "config": config, "network": net.config,
+    checkpoint = {"stage": config["stage"], "step": step, "config": config, "network": net.config,
                   "model": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
     write_atomically(path, lambda p: torch.save(checkpoint, p))
 
@@ -83,16 +143,18 @@ def load_stage(folder, stage, step=None):
     """
     found = checkpoints(folder)
     if not found or step not in (None, *found):
-        wanted = f"checkpoint at step {step}" if step else "checkpoint"
+        wanted = "checkpoint" if step is None else f"checkpoint at step {step}"
         raise FileNotFoundError(f"{folder}: no {wanted} of the {stage} stage; train it with: "
                                 f"python train.py --stage {stage} --out {Path(folder).parent}")
-    path = found[step or max(found)]
+    path = found[max(found) if step is None else step]
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         holds = checkpoint["stage"]
     except Exception as error:      # the reader raises many types; to the user they are one fact
         reason = str(error).partition("\n")[0][:80]
         raise ValueError(f"{path}: damaged, or not written by this program ({reason}); remove it") from None
+    if "statistics" not in checkpoint["config"]:
+        raise ValueError(f"{path}: of an older version, whose images were not standardised; train again")
     if holds != stage:
         raise ValueError(f"{path}: holds the {holds} stage, not {stage}; are large/ and small/ swapped?")
     return checkpoint
@@ -106,15 +168,17 @@ class DefectGen:
         generator = DefectGen.load("runs/demo")
         images, masks = generator.sample(seeds=[0, 1, 2, 3])
 
-    Attributes: config (of training), classes, size, steps_trained and t_ranges ({stage: ...}; a stage was
-    trained at low <= t < high). The weights are laid out for sampling: channels last, and in bfloat16 if they
-    were trained so and the device is faster with it.
+    Attributes: config (of the small stage), classes, size (of pairs), plan_size (of the large stage),
+    steps_trained and t_ranges ({stage: ...}; a stage was trained at low <= t < high). The weights are laid
+    out for sampling: channels last, and in bfloat16 if they were trained so and the device is faster with it.
     """
 
     def __init__(self, large, small, device="cpu"):
         """large, small: checkpoints as load_stage returns them."""
-        self.config, self.device = large["config"], device
+        self.config, self.device = small["config"], device
         self.classes, self.size = tuple(self.config["classes"]), tuple(self.config["size"])
+        self.plan_size = tuple(large["config"]["size"])
+        self.joint = Joint(self.config["statistics"], len(self.classes), device)
         self.alphas_cumprod = schedule(self.config["T"])
         self.steps_trained = {"large": large["step"], "small": small["step"]}
         self.t_ranges = {"large": large["config"]["t_range"], "small": small["config"]["t_range"]}
@@ -124,7 +188,8 @@ class DefectGen:
         """The network of one stage with its EMA weights, ready to sample."""
         net = UNet(**checkpoint["network"]).to(self.device)
         net.load_state_dict(checkpoint["ema"], strict=True)
-        dtype = torch.bfloat16 if self.config["bf16"] and has_bf16(self.device) else torch.float32
+        bf16 = checkpoint["config"]["bf16"] and has_bf16(self.device)
+        dtype = torch.bfloat16 if bf16 else torch.float32
         return net.eval().to(dtype, memory_format=torch.channels_last)
 
     @classmethod
@@ -137,27 +202,34 @@ class DefectGen:
             raise FileNotFoundError(f"--run {run}: no such folder; train first: "
                                     f"python train.py --stage large --out {run}")
         large, small = (load_stage(Path(run) / stage, stage, step) for stage in STAGES)
-        for key in ("images", "classes", "channels", "size", "T", "target"):
+        for key in ("images", "classes", "channels", "statistics", "T", "target"):
             ours, theirs = large["config"][key], small["config"][key]
             if ours != theirs:
-                values = "" if key == "images" else f" ({ours} and {theirs})"
+                values = "" if key in ("images", "statistics") else f" ({ours} and {theirs})"
                 raise ValueError(f"{run}: the stages differ in {key}{values}; train one of them again")
         return cls(large, small, torch.device(device))
 
     def denoiser(self, net):
         """f(x_t, t) -> x_0 of one network, whatever it was trained to predict."""
-        return lambda x_t, t: to_x_start(net(x_t, t), x_t, t, self.alphas_cumprod, self.config["target"])
+        return lambda x_t, t: to_x_start(in_tiles(net, x_t, t), x_t, t, self.alphas_cumprod,
+                                         self.config["target"])
 
     def timesteps(self, num_steps, spacing, switch_t):
         """The timesteps to sample along. Raises ValueError where a stage would be asked at an unknown t."""
         steps = timesteps(len(self.alphas_cumprod), num_steps, spacing)
-        for t in steps:
-            stage = "large" if t >= switch_t else "small"
-            low, high = self.t_ranges[stage]
-            if not low <= t < high:
+        asked = {"large": [t for t in steps if t >= switch_t], "small": [t for t in steps if t < switch_t]}
+        if self.plan_size != self.size:
+            asked["large"] = steps                                  # a plan is drawn to its end
+        for stage, (low, high) in self.t_ranges.items():
+            unknown = [t for t in asked[stage] if not low <= t < high]
+            if unknown and stage == "large" and self.plan_size != self.size:
+                raise ValueError(f"a large stage of another size than the small one draws to the end, but "
+                                 f"knows only {low} <= t: train it with --t-range full")
+            if unknown:
                 least, most = self.t_ranges["large"][0], self.t_ranges["small"][1]
-                raise ValueError(f"--switch-t {switch_t} asks the {stage} stage at t = {t}, but it knows "
-                                 f"{low} <= t < {high}: use {least} to {most}, or train with --t-range full")
+                raise ValueError(f"--switch-t {switch_t} asks the {stage} stage at t = {unknown[0]}, but it "
+                                 f"knows {low} <= t < {high}: use {least} to {most}, or train with "
+                                 f"--t-range full")
         return steps
 
     def sample(self, seeds, num_steps=20, sampler="dpm++", spacing="logsnr", switch_t=SWITCH_T, size=None,
@@ -165,21 +237,43 @@ class DefectGen:
         """Draw one pair per seed. A pair is a function of its seed, not of the batch it is drawn in.
 
         Args:
-            seeds: list of ints.  num_steps: network calls per picture.  switch_t: first timestep of `large`.
-            size: (H, W), that of training by default.  on_step: callback (t, x_t, pred_x_start).
+            seeds: list of ints.  num_steps: timesteps from noise to picture.
+            switch_t: `large` is asked at t >= switch_t, `small` below.
+            size: (H, W), that of training by default; the plan grows by the same factor.
+            on_step: callback (t, x_t, pred_x_start).
         Returns: images uint8 (N, C, H, W), masks uint8 (N, H, W), on the CPU.
         """
+        size = tuple(size or self.size)
         steps = self.timesteps(num_steps, spacing, switch_t)
-        denoise = switched(self.denoiser(self.large), self.denoiser(self.small), switch_t)
-        shape = (self.config["channels"] + len(self.classes), *(size or self.size))
         images, masks = [], []
         for start in range(0, len(seeds), batch_size):
-            noise = noise_for(seeds[start:start + batch_size], shape, self.device)
-            joint = sample(denoise, noise(), steps, self.alphas_cumprod, sampler, noise, on_step=on_step)
-            image, mask = decode(joint, len(self.classes))
+            joint = self.draw(seeds[start:start + batch_size], steps, sampler, switch_t, size, on_step)
+            image, mask = self.joint.decode(joint)
             images.append(image.cpu())
             masks.append(mask.cpu())
         return torch.cat(images), torch.cat(masks)
+
+    def draw(self, seeds, steps, sampler, switch_t, size, on_step=None):
+        """One batch of joints (B, C + K, *size): see sample()."""
+        large, small = self.denoiser(self.large), self.denoiser(self.small)
+        channels = self.config["channels"] + len(self.classes)
+
+        def run(denoise, x, steps, noise):
+            return sample(denoise, x, steps, self.alphas_cumprod, sampler, noise, self.joint.limits, on_step)
+
+        if self.plan_size == self.size:                             # the paper: one trajectory
+            noise = noise_for(seeds, (channels, *size), self.device)
+            return run(switched(large, small, switch_t), noise(), steps, noise)
+        step = 2 ** self.large.depth
+        plan_size = [math.ceil(n * plan / own / step) * step
+                     for n, plan, own in zip(size, self.plan_size, self.size)]
+        noise = noise_for(seeds, (channels, *plan_size), self.device)
+        joint = enlarge(run(large, noise(), steps, noise), size)
+        steps = [t for t in steps if t < switch_t]
+        if steps:
+            noise = noise_for([~seed for seed in seeds], (channels, *size), self.device)    # not the plan's
+            joint = run(small, q_sample(joint, steps[0], noise(), self.alphas_cumprod), steps, noise)
+        return joint
 
 
 # --- python defect_gen.py: one trajectory as a picture ---
@@ -199,33 +293,40 @@ def exact_denoiser(x_start, alphas_cumprod):
 
 def main():
     parser = argparse.ArgumentParser(description="Draw one trajectory: x_t, and the pair predicted from it.")
-    parser.add_argument("--run", help="a run with both stages (default: an exact denoiser of 35 drawn pills)")
+    parser.add_argument("--run", help="a run with both stages (default: in place of both an exact denoiser, "
+                        "which copies 30 drawn pills)")
     parser.add_argument("--seed", type=int, default=0, help="the picture's seed (default: %(default)s)")
     parser.add_argument("--num-steps", type=int, default=12, help="network calls (default: %(default)s)")
-    parser.add_argument("--switch-t", type=int, default=SWITCH_T, help="first t of large (default: 400)")
+    parser.add_argument("--switch-t", type=int, default=SWITCH_T, help="the large network owns t >= this "
+                        "(default: %(default)s)")
     parser.add_argument("--out", default="trajectory.png", help="the picture to write (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
     args = parser.parse_args()
     device = pick_device(args.device)
     if args.run:
         generator = DefectGen.load(args.run, device)
-        classes = generator.classes
+        joint, classes, size = generator.joint, generator.classes, generator.size
         draw = partial(generator.sample, [args.seed], args.num_steps, switch_t=args.switch_t)
     else:
-        data, alphas_cumprod = open_dataset("drawn:pill", (64, 64), "train"), schedule()
+        size, alphas_cumprod = (64, 64), schedule()
+        data = open_dataset("drawn:pill", size, "train")
         classes = data.classes
-        x_start = encode(*data.tensors(), len(classes)).to(device)
+        joint = Joint(image_statistics(data), len(classes), device)
+        x_start = joint.encode(*(part.to(device) for part in data.tensors()))
         exact = exact_denoiser(x_start, alphas_cumprod)
         steps = timesteps(len(alphas_cumprod), args.num_steps)
         x_T = noise_for([args.seed], x_start.shape[1:], device)()
-        draw = partial(sample, switched(exact, exact, args.switch_t), x_T, steps, alphas_cumprod)
+        draw = partial(sample, switched(exact, exact, args.switch_t), x_T, steps, alphas_cumprod,
+                       limits=joint.limits)
 
     titles, noisy, predicted, masks = [], [], [], []
 
     def watch(t, x_t, pred_x_start):
-        image, mask = (part[0].cpu() for part in decode(pred_x_start, len(classes)))
-        titles.append(f"{'large' if t >= args.switch_t else 'small'} t={t}")
-        noisy.append(decode(x_t, len(classes))[0][0].cpu())
+        planned = tuple(x_t.shape[2:]) != size                      # a plan is drawn to its end, at its size
+        titles.append(f"{'large' if planned or t >= args.switch_t else 'small'} t={t}")
+        x_t, pred_x_start = (F.interpolate(part, size) for part in (x_t, pred_x_start))
+        image, mask = (part[0].cpu() for part in joint.decode(pred_x_start))
+        noisy.append(joint.decode(x_t)[0][0].cpu())
         predicted.append(image)
         masks.append(overlay(image, mask))
 

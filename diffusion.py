@@ -1,9 +1,9 @@
-"""Gaussian diffusion in the notation of DDPM (Ho et al. 2020), x_0-prediction by default.
+"""Gaussian diffusion in the notation of DDPM (Ho et al. 2020); networks predict x_0 or v.
 
-T = num_timesteps; t runs 0 .. T-1 and t = 0 is the LEAST noisy step, not the clean image. A denoiser is any
-f(x_t, t) -> x_0 with t a Python int, so a switch between two networks is an `if`. The schedule is a float64
-table that stays on the CPU; every scalar is computed from it in float64. The caller owns the randomness: no
-function here draws noise that was not passed to it.
+There are T timesteps; t runs 0 .. T-1 and t = 0 is the LEAST noisy step, not the clean image. A denoiser is
+any f(x_t, t) -> x_0 with t a Python int, so a switch between two networks is an `if`. The schedule is a
+float64 table that stays on the CPU; every scalar is computed from it in float64. The caller owns the
+randomness: noise is passed in, made by noise_for.
 
     python diffusion.py                   # the timesteps of sampling, and where switch_t falls in them
     python diffusion.py --num-steps 50 --switch-t 600 --spacing even
@@ -11,9 +11,9 @@ function here draws noise that was not passed to it.
 import argparse
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 TARGETS = "x0", "v"
+WEIGHTINGS = "uniform", "min-snr"
 SPACINGS = "logsnr", "even"
 METHODS = "dpm++", "ddim", "ddpm"
 
@@ -58,7 +58,7 @@ def q_sample(x_start, t, noise, alphas_cumprod):
         x_t = sqrt(alphas_cumprod[t]) * x_0 + sqrt(1 - alphas_cumprod[t]) * noise        DDPM eq. 4
 
     Args:
-        x_start: (B, C, H, W) float in [-1, 1].
+        x_start: (B, C, H, W) float.
         t:       (B,) int64 in [0, T-1], or one int for all.
         noise:   (B, C, H, W) float ~ N(0, I). Required: the caller owns the randomness.
         alphas_cumprod: (T,) float64, decreasing from ~1 to ~0.
@@ -71,7 +71,7 @@ def q_sample(x_start, t, noise, alphas_cumprod):
 
 # --- what the network predicts ---
 
-def target_of(x_start, noise, t, alphas_cumprod, target="x0"):
+def target_of(x_start, noise, t, alphas_cumprod, target):
     """What a network with this target should answer at x_t = q_sample(x_start, t, noise).
 
         x0: x_0            v: sqrt(alphas_cumprod[t]) * noise - sqrt(1 - alphas_cumprod[t]) * x_0
@@ -84,7 +84,7 @@ def target_of(x_start, noise, t, alphas_cumprod, target="x0"):
     return at(alphas_cumprod.sqrt(), t, noise) * noise - at((1 - alphas_cumprod).sqrt(), t, x_start) * x_start
 
 
-def to_x_start(output, x_t, t, alphas_cumprod, target="x0"):
+def to_x_start(output, x_t, t, alphas_cumprod, target):
     """The x_0 that a network's output means: the inverse of target_of.
 
         x0: output         v: sqrt(alphas_cumprod[t]) * x_t - sqrt(1 - alphas_cumprod[t]) * output
@@ -102,17 +102,33 @@ def to_x_start(output, x_t, t, alphas_cumprod, target="x0"):
     return at(alphas_cumprod.sqrt(), t, x_t) * x_t - at((1 - alphas_cumprod).sqrt(), t, x_t) * output
 
 
-def training_loss(net, x_start, t, noise, alphas_cumprod, target="x0"):
-    """Mean squared error over all channels and pixels of each image: the caller logs it by timestep.
+def time_weights(alphas_cumprod, target, weighting):
+    """(T,) float64: what an error at t counts in training.
+
+        uniform: 1, as in DDPM      min-snr: min(SNR, 5) for x0, that / (SNR + 1) for v
+
+    min-snr is Hang et al. 2023, eq. 7: for either target min(SNR, 5) times the squared error of x_0. It keeps
+    the last traces of noise, where the SNR is 1000, from taking all of what the network can learn.
+    """
+    check_choice("weighting", weighting, WEIGHTINGS)
+    snr = logsnr(alphas_cumprod).exp()
+    if weighting == "uniform":
+        return torch.ones_like(snr)
+    return snr.clamp(max=5) / (1 if target == "x0" else snr + 1)
+
+
+def training_loss(net, x_start, t, noise, alphas_cumprod, target, weights):
+    """Squared error of each image, the mean over pixels and a weighted sum over channels.
 
     Args:
-        net: f(x_t, t) -> (B, C, H, W), its answer read as `target`.
-        t:   (B,) int64 on x_start's device.
+        net:     f(x_t, t) -> (B, C, H, W), its answer read as `target`.
+        t:       (B,) int64 on x_start's device.
+        weights: (C,) of the channels, with the sum 1.
     Returns: (B,) float32, also under autocast.
     """
     output = net(q_sample(x_start, t, noise, alphas_cumprod), t)
     wanted = target_of(x_start, noise, t, alphas_cumprod, target)
-    return F.mse_loss(output.float(), wanted.float(), reduction="none").mean(dim=(1, 2, 3))
+    return ((output.float() - wanted.float()).square().mean(dim=(2, 3)) * weights).sum(1)
 
 
 # --- sampling ---
@@ -175,7 +191,7 @@ def ddim_step(x_t, pred_x_start, t, t_prev, alphas_cumprod, eta=0.0, noise=None)
 
 
 @torch.inference_mode()
-def sample(denoise, x_T, timesteps, alphas_cumprod, method="dpm++", noise=None, clip=True, on_step=None):
+def sample(denoise, x_T, timesteps, alphas_cumprod, method="dpm++", noise=None, limits=None, on_step=None):
     """Denoise x_T along one list of timesteps.
 
     ddim:  ddim_step with eta = 0.
@@ -190,7 +206,7 @@ def sample(denoise, x_T, timesteps, alphas_cumprod, method="dpm++", noise=None, 
         timesteps: ints, strictly decreasing, usually timesteps(T, num_steps); after the last one comes the
                    clean image.
         noise:     for ddpm: callable that returns the next (B, C, H, W) draw, see noise_for.
-        clip:      clamp each predicted x_0 to [-1, 1].
+        limits:    (low, high), tensors or numbers that each predicted x_0 is clamped to.
         on_step:   called as on_step(t, x_t, pred_x_start) after each call of denoise.
     Returns: (B, C, H, W) x_0, dtype and device of x_T.
     """
@@ -200,8 +216,8 @@ def sample(denoise, x_T, timesteps, alphas_cumprod, method="dpm++", noise=None, 
     x, last = x_T, None                                         # last: (t, predicted x_0) of the step before
     for t, t_prev in zip(timesteps, timesteps[1:] + [-1]):
         pred_x_start = denoise(x, t).to(x.dtype)
-        if clip:
-            pred_x_start = pred_x_start.clamp(-1, 1)
+        if limits is not None:
+            pred_x_start = pred_x_start.clamp(*limits)
         if on_step is not None:
             on_step(t, x, pred_x_start)
         direction = pred_x_start

@@ -4,8 +4,9 @@
     python evaluate.py segmentation --run runs/mine --seeds 3
     python evaluate.py --quick                      a run-through in a minute; its numbers mean nothing
 
-Training images are those the generator saw; scoring images (--split) are others, which is checked. Results go
-to RUN/metrics.json, RUN/figures/ and RUN/report.html; experiments that were run before stay in them.
+Segmenters train on the generator's training split, photos without defects included; scoring images (--split)
+are others, which is checked. Results go to RUN/metrics.json, RUN/figures/ and RUN/report.html; experiments
+that were run before stay in them.
 """
 import argparse
 import base64
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 
 from datasets import (describe, has_bf16, open_dataset, overlay, pick_device, run_main, sheet,
                       write_atomically, write_image, write_json)
-from defect_gen import load_stage
+from defect_gen import STAGES, load_stage
 from inspect_rules import STANDARDS, judge, load_standard, read_json, recall_fpr, verdict, wilson_interval
 from segment import build, check_arch, confusion_matrix, fit, load_backbone, miou, mix, predict
 
@@ -64,14 +65,14 @@ def sliced_wasserstein(images, reference, levels=3, patch=7, projections=64, see
              picture.
     """
     levels = min(levels, 1 + int(math.log2(min(images.shape[2:]) / patch)))
-    rng = torch.Generator().manual_seed(seed)
-    directions = torch.randn(projections, images.shape[1], patch, patch, generator=rng)
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(projections, images.shape[1], patch, patch, generator=generator)
     directions /= directions.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    distances = []
+    scales = []
     for a, b in zip(*(laplacian_pyramid(part.float() / 255, levels) for part in (images, reference))):
         a, b = (F.conv2d(part, directions).transpose(0, 1).flatten(1) for part in (a, b))
-        distances.append((wasserstein(a, b) / b.std(1).clamp(min=1e-6)).mean().item())
-    return distances
+        scales.append((wasserstein(a, b) / b.std(1).clamp(min=1e-6)).mean().item())
+    return scales
 
 
 def variants(images, masks, names):
@@ -84,8 +85,8 @@ def variants(images, masks, names):
                  for part in (images, masks))
 
 
-light = partial(F.avg_pool2d, kernel_size=2, ceil_mode=True)        # half the grain: noise is not new
-heavy = partial(F.adaptive_avg_pool2d, output_size=8)    # outline and shading, no texture
+halved = partial(F.avg_pool2d, kernel_size=2, ceil_mode=True)       # so that noise does not count as novelty
+outlines = partial(F.adaptive_avg_pool2d, output_size=8)            # 8x8: shape and shading, no texture
 
 
 def distances(images, others, low_pass):
@@ -101,10 +102,10 @@ def novelty(generated, training, held_out):
     0: a copy; 1: as new as a real photo. Pass the training images with their variants: a flipped copy is one.
     Bland images lie near everything and come out low as well: look at them.
     """
-    unit = distances(held_out, training, light).amin(1).quantile(0.5)
+    unit = distances(held_out, training, halved).amin(1).quantile(0.5)
     if unit == 0:
         raise ValueError("half of the held-out images are training images: hold out others")
-    return distances(generated, training, light).amin(1) / unit
+    return distances(generated, training, halved).amin(1) / unit
 
 
 def shape_distance(images, reference):
@@ -112,8 +113,14 @@ def shape_distance(images, reference):
 
     A definition of our own. Its mean is about 1 for further real images, more where the outline is broken.
     """
-    among = distances(reference, reference, heavy).fill_diagonal_(math.inf)
-    return distances(images, reference, heavy).amin(1) / among.amin(1).mean()
+    among = distances(reference, reference, outlines).fill_diagonal_(math.inf)
+    return distances(images, reference, outlines).amin(1) / among.amin(1).mean()
+
+
+def grain(images):
+    """Mean absolute difference of neighbours (across, along), in grey levels: what a blur takes away."""
+    images = images.float()
+    return [images.diff(dim=axis).abs().mean().item() for axis in (-1, -2)]
 
 
 def mask_fit(predicted, masks):
@@ -130,8 +137,9 @@ def measure(images, masks, seen_masks, training, reference):
 
     seen_masks: what a segmenter trained on the real images predicts for the pictures.
     """
-    new = novelty(images, training, reference)
+    new, (across, along) = novelty(images, training, reference), grain(images)
     return {"patch distance": statistics.mean(sliced_wasserstein(images, reference)),
+            "grain across": across, "grain along": along,
             "novelty": new.median().item(), "copies %": 100 * (new < COPY_BELOW).double().mean().item(),
             "shape": shape_distance(images, reference).mean().item(),
             "mask fit %": 100 * mask_fit(seen_masks, masks).nanmean().item()}
@@ -144,7 +152,7 @@ class Run:
 
     def __init__(self, args):
         self.args, self.folder = args, Path(args.run)
-        self.config = config = load_stage(self.folder / "large", "large")["config"]
+        self.config = config = [load_stage(self.folder / stage, stage)["config"] for stage in STAGES][-1]
         self.size, self.classes = tuple(config["size"]), tuple(config["classes"])
         self.device, self.data, self.predictions = pick_device(args.device), args.data or config["data"], {}
         self.train, self.test = self.open(config["split"]), self.open(args.split)
@@ -163,7 +171,7 @@ class Run:
             raise ValueError(f"{self.data}: no image has a defect in --split {args.split}; choose another")
         print(describe(self.train), describe(self.test), sep="\n")
         if args.quick:
-            self.test = self.test.subset(range(0, len(self.test), max(1, len(self.test) // 8)))
+            self.test = self.test.subset(range(0, len(self.test), max(1, len(self.test) // 8))[:8])
         if not (self.folder / "samples" / "classes.json").exists():
             raise FileNotFoundError(f"{self.folder}/samples: no pairs; draw them: "
                                     f"python sample.py --run {self.folder}")
@@ -235,7 +243,7 @@ def class_shares(masks, num_classes):
 
 
 def real_sets(run):
-    """Images and masks with a defect: training, these with variants, one half held out, the other half."""
+    """(images, masks) with a defect: training; the same in all variants; every second held-out; the rest."""
     train = tuple(part[run.train.defective()] for part in run.real)
     test = tuple(part[run.test.defective()] for part in run.scored)
     reference, others = (tuple(part[i::2] for part in test) for i in (0, 1))
@@ -266,7 +274,7 @@ def generation(run, progress):
 
     shown = range(0, len(sets["generated"][0]), max(1, len(sets["generated"][0]) // 8))[:8]
     images, masks = ([part[i] for i in shown] for part in sets["generated"])
-    nearest = distances(torch.stack(images), training, light).argmin(1).tolist()
+    nearest = distances(torch.stack(images), training, halved).argmin(1).tolist()
     near = [("nearest training", [training[i] for i in nearest]),
             ("its mask", [overlay(training[i], training_masks[i]) for i in nearest])]
     pictures = [("generated", images), ("its mask", list(map(overlay, images, masks))), *near]
@@ -279,11 +287,12 @@ def generation(run, progress):
             "figures": [run.figure("nearest.png", sheet(pictures, classes=run.classes),
                                    "Generated pairs, and the training image nearest to each"),
                         run.figure("real.png", sheet(real, classes=run.classes), "Real images with masks")],
-            "text": [f"{len(sets['generated'][0])} generated pairs, {len(train[0])} training images "
-                     f"({len(training)} with the variants of --augment), {len(reference[0])} held-out images "
-                     f"as reference and {len(others[0])} as another set; all with defects. ± is the "
-                     f"standard deviation over {groups} parts of a set.",
-                     "Patch distance: sliced Wasserstein, 0 is best. Novelty: distance to the nearest "
+            "text": [f"The first {len(sets['generated'][0])} generated pairs, empty masks included; "
+                     f"{len(train[0])} training images ({len(training)} with the variants of --augment), "
+                     f"{len(reference[0])} held-out images as reference and {len(others[0])} as another set, "
+                     f"all with defects. ± is the standard deviation over {groups} parts of a set.",
+                     "Patch distance: sliced Wasserstein, 0 is best. Grain: mean difference of neighbouring "
+                     "pixels in grey levels. Novelty: distance to the nearest "
                      "training image; held-out photos have 1, a copy 0, and what is below "
                      f"{COPY_BELOW} counts as a copy. Shape: distance of the outlines, real ones have 1. "
                      f"Mask fit: IoU with what {INSPECTOR} sees after {steps} steps on the training images."]}
@@ -448,8 +457,10 @@ def parse_args(argv=None):
     parser.add_argument("--original", metavar="DATA", help="the same images with an older annotation, as in "
                         "MVTec AD (default: drawn data have one, else all classes are merged)")
     parser.add_argument("--split", default="test", help="images to score on (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=2, help="segmenters of each kind (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=100, help="optimiser steps (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=2, help="segmenters of each kind, and parts "
+                        "of the pairs that ± is taken over (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="optimiser steps of a segmenter; twice that "
+                        "for the judge of masks (default: %(default)s)")
     parser.add_argument("--arch", nargs="+", default=["deeplabv3+", "segformer"], help="networks of the "
                         "segmentation; deeplabv3+:resnet50 names a backbone (default: both)")
     parser.add_argument("--backbone-weights", metavar="FILE", help="or imagenet; see segment.py")

@@ -99,11 +99,11 @@ class Finding:
     margin: float | None          # limit - value: 0 and below rejects
     box: tuple                    # (top, left, bottom, right) edges, native px; empty if all was noise
     noise: int                    # components of this image that the rule left out as noise
-    scale: float                  # native px per mask px; 1.0: the mask has native size
+    scale: float                  # native area of one mask pixel, px; 1.0: the mask has native size
     runs: np.ndarray | None = field(default=None, repr=False, compare=False)    # its pixels: see find_runs
 
     def row(self) -> tuple:
-        """Its cells below COLUMNS."""
+        """Its values in the order of COLUMNS."""
         box = self.box or (None, None, None, None)
         return (self.image, self.class_name, self.area_px, self.limit, self.verdict, self.rule, self.measure,
                 self.per, self.value, self.margin, *box, self.noise, self.scale)
@@ -351,7 +351,7 @@ def _expected(key, value):
     """(whether the key may have the value, what it may have)"""
     text = isinstance(value, str) and value.strip()
     some = isinstance(value, list) and len(value) > 0
-    number = type(value) in (int, float) and 0 <= value < 1e15    # type(): true is none; NaN compares false
+    number = type(value) in (int, float) and 0 <= value < 1e15    # no isinstance: JSON's true is none
     size = some and len(value) == 2 and all(type(n) is int and 0 < n < 10**6 for n in value)
     names = some and all(isinstance(c, str) and c.strip() and c != "background" for c in value)
     return {"object": (text, "a text"),
@@ -631,7 +631,7 @@ def main(argv=None) -> int:
     add("--standard", metavar="NAME|FILE", help=f"built-in standard ({', '.join(STANDARDS)}) or a JSON file")
     add("--masks", metavar="DIR", help="masks at any depth; those in mask/ folders if there are any")
     add("--classes", metavar="FILE", help="class table (default: classes.json near the masks, else built in)")
-    add("--squashed", action="store_true", help="masks of other shapes show the whole photo, squashed")
+    add("--squashed", action="store_true", help="take masks of other proportions: each shows the whole photo")
     add("--csv", metavar="FILE", help="write the findings, at least one row per image")
     add("--json", metavar="FILE", help="write standard, classes, verdicts, errors and findings")
     add("--overlay", metavar="DIR", help="draw every image with a finding: outlined, with the reasons")

@@ -42,13 +42,16 @@ def parse_args(argv=None):
     parser.add_argument("--run", default="runs/demo", help="folder with both stages (default: %(default)s)")
     parser.add_argument("--count", type=int, default=64, help="how many pairs (default: %(default)s)")
     parser.add_argument("--seeds", help="draw these seeds, like 0-63 or 1,5,10-20 (default: 0, 1, 2, ...)")
-    parser.add_argument("--num-steps", type=int, default=20, help="network calls (default: %(default)s)")
+    parser.add_argument("--num-steps", type=int, default=20, help="timesteps from noise to picture; with "
+                        "two sizes the small network visits its own again (default: %(default)s)")
     parser.add_argument("--sampler", default="dpm++", choices=METHODS, help="default: %(default)s")
     parser.add_argument("--spacing", default="logsnr", choices=SPACINGS, help="default: %(default)s")
     parser.add_argument("--switch-t", type=int, default=SWITCH_T, help="the large network owns t >= this; 0: "
                         "large alone, 1000: small alone, for --t-range full (default: %(default)s)")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="default: the size trained at")
-    parser.add_argument("--batch-size", type=int, default=16, help="pairs at a time (default: %(default)s)")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="also larger than the photos "
+                        "trained on: the picture then shows more of the product (default: theirs)")
+    parser.add_argument("--batch-size", type=int, help="pairs at a time (default: 16 of 256x256 px, fewer of "
+                        "larger ones)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
     parser.add_argument("--out", help="data set to write (default: RUN/samples)")
     parser.add_argument("--defect", metavar="CLASS", help="keep only pairs whose mask has this class")
@@ -56,7 +59,7 @@ def parse_args(argv=None):
                         "--defect, or of all defects")
     parser.add_argument("--max-area-px", type=int, help="keep only pairs with at most so many")
     args = parser.parse_args(argv)
-    if args.count < 1 or args.batch_size < 1:
+    if args.count < 1 or args.batch_size is not None and args.batch_size < 1:
         raise ValueError("--count and --batch-size must be at least 1")
     args.seeds = parse_seeds(args.seeds) if args.seeds else None
     return args
@@ -75,7 +78,8 @@ def draw_pairs(args):
     """Draw the pairs that --out lacks and write them, then a contact sheet of the first 32."""
     generator = DefectGen.load(args.run, pick_device(args.device))
     size, out = tuple(args.size or generator.size), Path(args.out or Path(args.run) / "samples")
-    check_size(*size, depth=max(generator.large.depth, generator.small.depth))
+    one_size = generator.plan_size == generator.size
+    check_size(*size, depth=max(generator.large.depth * one_size, generator.small.depth))
     how = args.num_steps, args.sampler, args.spacing, args.switch_t
     generator.timesteps(args.num_steps, args.spacing, args.switch_t)    # refused before writing
     if args.defect and args.defect not in generator.classes[1:]:
@@ -89,6 +93,7 @@ def draw_pairs(args):
     write_classes(out, generator.classes)
     write_json(out / "config.json", settings)
 
+    batch_size = args.batch_size or min(16, max(1, 16 * 256 ** 2 // math.prod(size)))
     choosy = args.defect or args.min_area_px or args.max_area_px is not None
     seeds = args.seeds or list(range(args.count * (DRAWS if choosy else 1)))
     count = len(seeds) if args.seeds else args.count
@@ -96,8 +101,8 @@ def draw_pairs(args):
     kept = len(seeds) - len(missing)
     with tqdm(total=count, initial=kept, unit="pair") as bar:
         while missing and kept < count:
-            batch, missing = missing[:args.batch_size], missing[args.batch_size:]
-            images, masks = generator.sample(batch, *how, size)
+            batch, missing = missing[:batch_size], missing[batch_size:]
+            images, masks = generator.sample(batch, *how, size, batch_size)
             for i in wanted(masks, args, generator.classes).nonzero().flatten().tolist()[:count - kept]:
                 write_pair(out, f"{batch[i]:06d}", images[i], masks[i], KIND)
                 kept += 1

@@ -43,10 +43,10 @@ class Segmenter(nn.Module):
     """What all networks share. One defines `logits`: (B, 3, H, W) of multiples of 32 -> (B, K, H/s, W/s).
 
     `lr` is what `fit` trains it with unless told otherwise, `backbones` the torchvision names to choose from,
-    `architecture` the one chosen.
+    `backbone_name` the one chosen.
     """
 
-    lr, backbones, architecture = 1e-3, (), None
+    lr, backbones, backbone_name = 1e-3, (), None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h, w = x.shape[-2:]
@@ -147,7 +147,7 @@ class DeepLabV3Plus(Segmenter):
 
     def __init__(self, num_classes: int, backbone: str = "resnet18"):
         super().__init__()
-        self.num_classes, self.architecture = num_classes, backbone
+        self.num_classes, self.backbone_name = num_classes, backbone
         self.backbone = resnet(backbone)
         dilate(self.backbone.layer4)
         self.aspp = ASPP(self.backbone.width)
@@ -337,22 +337,22 @@ def build(arch: str, num_classes: int, seed: int = 0, **options) -> Segmenter:
         return ARCHS[name](num_classes, **options).to(memory_format=torch.channels_last)
 
 
-def read_state(source: str | Path, architecture: str | None) -> dict:
-    """The state dict in a file, or for "imagenet" torchvision's of `architecture`."""
+def read_state(source: str | Path, backbone_name: str | None) -> dict:
+    """The state dict in a file, or for "imagenet" torchvision's of `backbone_name`."""
     if source != "imagenet":
         try:
             state = torch.load(source, map_location="cpu", weights_only=True)
             return dict(state.get("state_dict", state).items())                # some come inside a checkpoint
         except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
             raise ValueError(f"{source} is no state dict written by torch.save") from error
-    if architecture is None:
+    if backbone_name is None:
         raise ValueError("torchvision has no ImageNet weights of SegFormer: pass the file pytorch_model.bin "
                          "of nvidia/mit-b0 on Hugging Face")
-    weights = torchvision.models.get_model_weights(architecture).IMAGENET1K_V1
+    weights = torchvision.models.get_model_weights(backbone_name).IMAGENET1K_V1
     try:
         return weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"no ImageNet weights of {architecture}, neither here nor by download ({error}): "
+        raise ValueError(f"no ImageNet weights of {backbone_name}, neither here nor by download ({error}): "
                          f"fetch {weights.url} and pass the file") from error
 
 
@@ -362,7 +362,7 @@ def load_backbone(net: Segmenter, source: str | Path) -> str:
     `source` is "imagenet" or a file: torchvision's ResNets for DeepLabV3+; for SegFormer those of Hugging
     Face (nvidia/mit-b0, nvidia/segformer-b0-*).
     """
-    state, own = net.our_names(read_state(source, net.architecture)), net.state_dict()
+    state, own = net.our_names(read_state(source, net.backbone_name)), net.state_dict()
     head = [name for name in state if not name.startswith("backbone.")]
     fits = all(name in own and own[name].shape == state[name].shape for name in head)
     state = {name: value for name, value in state.items() if fits or name not in head}
@@ -409,13 +409,13 @@ def draw_table(masks: torch.Tensor, num_classes: int) -> torch.Tensor:
     return has[has.sum(1) > 0]
 
 
-def draw_indices(table: torch.Tensor, batch_size: int, rng: torch.Generator) -> torch.Tensor:
+def draw_indices(table: torch.Tensor, batch_size: int, generator: torch.Generator) -> torch.Tensor:
     """Draw a class, then an image that has it: what is on one photo comes up as often as what is on fifty."""
-    rows = torch.randint(len(table), (batch_size,), generator=rng)
-    return torch.multinomial(table[rows], 1, generator=rng)[:, 0]
+    rows = torch.randint(len(table), (batch_size,), generator=generator)
+    return torch.multinomial(table[rows], 1, generator=generator)[:, 0]
 
 
-def random_view(images: torch.Tensor, masks: torch.Tensor, rng: torch.Generator) -> tuple:
+def random_view(images: torch.Tensor, masks: torch.Tensor, generator: torch.Generator) -> tuple:
     """Flips, zoom by 0.75 to 1.5 at a random place, contrast and brightness; one draw per image.
 
     Args:    images (B, C, H, W) in 0..255, masks (B, H, W) class index.
@@ -423,7 +423,7 @@ def random_view(images: torch.Tensor, masks: torch.Tensor, rng: torch.Generator)
              sampled nearest.
     """
     B, device = len(images), images.device
-    u = torch.rand(B, 7, generator=rng)
+    u = torch.rand(B, 7, generator=generator)
     window = 1 / (0.75 * 2 ** u[:, :1])                                        # side seen / side of the photo
     theta = torch.zeros(B, 2, 3)
     theta[:, [0, 1], [0, 1]] = torch.where(u[:, 1:3] < 0.5, -window, window)
@@ -467,10 +467,10 @@ def fit(net: Segmenter, images: torch.Tensor, masks: torch.Tensor, steps: int, b
     losses, warmup = [], max(1, steps // 10)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):     # of dropout
         for step in tqdm(range(steps), desc="segmenter", disable=not progress):
-            rng = torch.Generator().manual_seed(seed * 1_000_003 + step)
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
             torch.manual_seed(seed * 1_000_003 + step)
-            index = draw_indices(table, batch_size, rng).to(device)
-            x, target = random_view(images[index], masks[index], rng)
+            index = draw_indices(table, batch_size, generator).to(device)
+            x, target = random_view(images[index], masks[index], generator)
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1, (step + 1) / warmup) * (1 - step / steps) ** 0.9
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):

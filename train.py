@@ -3,7 +3,8 @@
     python train.py                                     what would be trained, without training
     python train.py --stage large                       the drawn pill, minutes on two CPU cores
     python train.py --stage small
-    python train.py --stage large --data FOLDER --out runs/mine --size 256 256 --preset paper
+    python train.py --stage large --data FOLDER --out runs/mine --preset laptop        a plan of 64x64; then
+    python train.py --stage small --data FOLDER --out runs/mine --preset laptop        256x256: overnight
     python train.py --stage large --resume --steps 20000            continue: the same flags, and more steps
     torchrun --nproc_per_node=4 train.py --stage large ...          one process per GPU; they share each batch
 
@@ -27,28 +28,38 @@ from tqdm import tqdm
 
 from datasets import (AUGMENTATIONS, add_data_flags, augment, describe, has_bf16, open_dataset, overlay,
                       pick_device, run_main, sheet, write_atomically, write_image, write_json)
-from defect_gen import STAGES, SWITCH_T, checkpoints, decode, encode, load_stage, save_stage
-from diffusion import TARGETS, q_sample, rng, sample, schedule, timesteps, to_x_start, training_loss
+from defect_gen import (STAGES, SWITCH_T, Joint, checkpoints, image_statistics, load_stage,
+                        save_stage)
+from diffusion import (TARGETS, WEIGHTINGS, q_sample, rng, sample, schedule, time_weights, timesteps,
+                       to_x_start, training_loss)
 from unet import LARGE, SMALL, UNet, check_size, count_parameters, field_in_words, receptive_field
 
+TINY = dict(size=(64, 64), crop=None, steps=900, batch_size=4, lr=1e-3, weight_decay=0.0, ema=0.998,
+            warmup=50, save_every=450, target="v", weighting="min-snr", t_range="own")
+LAPTOP = dict(TINY, steps=20_000, ema=0.999, save_every=2000)
+PAPER = dict(size=(256, 256), crop=None, steps=160_000, batch_size=2, lr=1e-4, weight_decay=0.002, ema=0.9999,
+             warmup=0, save_every=10_000, target="x0", weighting="uniform", t_range="full")
+WHOLE = dict(channels=32, multipliers=(1, 1, 2, 4), num_res_blocks=1, attention_levels=(3,))
+PATCHES = dict(channels=32, multipliers=(1, 2), num_res_blocks=1, attention_levels=(), middle=False,
+               norm="local")
 PRESETS = {
-    # 64x64 on two CPU cores in minutes: demo, tests, teaching. fp32: so narrow networks gain nothing by bf16
-    "tiny": dict(size=(64, 64), steps=900, batch_size=4, lr=1e-3, weight_decay=0.0, ema=0.995, warmup=50,
-                 save_every=450, bf16=False, t_range="own",
-                 large=dict(channels=32, multipliers=(1, 1, 2, 4), num_res_blocks=1, attention_levels=(3,)),
-                 small=dict(channels=32, multipliers=(1, 2), num_res_blocks=1, attention_levels=(),
-                            middle=False)),
+    # 64x64 on two CPU cores in minutes: demo, tests, teaching
+    "tiny": dict(large=dict(TINY, network=WHOLE), small=dict(TINY, weighting="uniform", network=PATCHES)),
+    # 256x256 on two CPU cores overnight: a plan of 64x64, then crops of the photos
+    "laptop": dict(large=dict(LAPTOP, t_range="full", network=WHOLE),
+                   small=dict(LAPTOP, weighting="uniform", size=(256, 256), crop=96, steps=8000,
+                              network=dict(PATCHES, num_res_blocks=2))),
     # the released configuration (its yaml files)
-    "paper": dict(size=(256, 256), steps=160_000, batch_size=2, lr=1e-4, weight_decay=0.002, ema=0.9999,
-                  warmup=0, save_every=10_000, t_range="full", large=LARGE, small=SMALL),
+    "paper": dict(large=dict(PAPER, network=LARGE), small=dict(PAPER, network=SMALL)),
 }
 T_MARGIN = 50                   # own timesteps reach this far beyond SWITCH_T: sampling may move the switch
 MEMORY_LIMIT = 4 << 30          # bytes; data up to this size are decoded once and kept, larger ones loaded
+ORDER, NOISE, PREVIEW, VIEW = 1, 2, 3, 4        # what random numbers are for; see diffusion.rng
 LOG_EVERY = 10                  # steps between readings of the loss: each one waits for the device
 QUARTERS = ["loss_q1", "loss_q2", "loss_q3", "loss_q4"]         # loss by quarter of [0, T)
 COLUMNS = ["step", "loss", *QUARTERS, "lr", "images_per_s", "grad_norm"]     # grad_norm: before clipping to 1
-# settings that a resumed run may change
-FREE = {"steps", "save_every", "keep", "device", "bf16", "out", "data", "object", "accumulate", "resume"}
+FREE = {"steps", "lr", "save_every", "keep", "device", "bf16", "out", "data", "object", "accumulate",
+        "resume"}                                   # settings that a resumed run may change
 
 
 def parse_args(argv=None):
@@ -61,7 +72,12 @@ def parse_args(argv=None):
                         "(default: %(default)s)")
     parser.add_argument("--preset", default="tiny", choices=PRESETS, help="default values of the flags below "
                         "(default: %(default)s)")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="images are resized to this")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="images are resized to this; "
+                        "the stages may differ: the large one then plans in a smaller picture")
+    parser.add_argument("--crop", type=int, metavar="PX", help="train the small stage on random windows of "
+                        "this side; 0: on whole images")
+    parser.add_argument("--defect-share", type=float, default=0.7, metavar="SHARE", help="of the windows of "
+                        "--crop, so many are laid over a defect, 0 to 1 (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="optimiser steps in all")
     parser.add_argument("--batch-size", type=int, help="images per step, of all processes together")
     parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="compute each step in N "
@@ -71,8 +87,8 @@ def parse_args(argv=None):
                         "random, where the product may lie that way (default: none)")
     parser.add_argument("--depth", type=int, choices=range(7), help="down-samplings of the network: fewer "
                         "see less of the image, see python unet.py (default: the preset's)")
-    parser.add_argument("--target", default="x0", choices=TARGETS, help="what the network predicts "
-                        "(default: %(default)s)")
+    parser.add_argument("--target", choices=TARGETS, help="what the network predicts")
+    parser.add_argument("--weighting", choices=WEIGHTINGS, help="what errors count, by timestep")
     parser.add_argument("--t-range", choices=["own", "full"], help="timesteps to train at: the stage's own "
                         f"side of t = {SWITCH_T} and {T_MARGIN} beyond it, or all, for any --switch-t")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
@@ -83,13 +99,19 @@ def parse_args(argv=None):
                         "preset's, else where the device is faster with it)")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
     args = parser.parse_args(argv)
-    for name, value in PRESETS[args.preset].items():
-        if getattr(args, name, None) is None and name not in STAGES:
-            setattr(args, name, value)
     for name in ("steps", "batch_size", "accumulate", "save_every", "keep", "lr"):
-        if not getattr(args, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be above 0")
-    return args
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, but must be above 0")
+    if not 0 <= args.defect_share <= 1:
+        raise ValueError(f"--defect-share is {args.defect_share}, but must be 0 to 1")
+    return complete(args, args.stage) if args.stage else args
+
+
+def complete(args, stage):
+    """The settings of one stage: the flags, and the preset's values for those left out."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return argparse.Namespace(**{**vars(args), **PRESETS[args.preset][stage], **given, "stage": stage})
 
 
 # --- data ---
@@ -98,56 +120,69 @@ def order(num_images, start, count, seed):
     """Positions start .. start + count - 1 of an endless stream of shuffled epochs: all images as often."""
     positions = range(start, start + count)
     epochs = {p // num_images for p in positions}
-    shuffled = {e: torch.randperm(num_images, generator=rng(seed, 1, e)).tolist() for e in epochs}
+    shuffled = {e: torch.randperm(num_images, generator=rng(seed, ORDER, e)).tolist() for e in epochs}
     return [shuffled[p // num_images][p % num_images] for p in positions]
 
 
+def window(mask, side, defect_share, generator):
+    """(rows, columns) of a random window of `side` px; so many are laid over a pixel of a defect."""
+    least, most = [0, 0], [max(0, n - side) for n in mask.shape]
+    defects = mask.nonzero()
+    if len(defects) and torch.rand((), generator=generator) < defect_share:
+        pixel = defects[torch.randint(len(defects), (), generator=generator)].tolist()
+        least = [min(max(0, p - side + 1), n) for p, n in zip(pixel, most)]
+        most = [min(p, n) for p, n in zip(pixel, most)]
+    starts = [int(torch.randint(a, b + 1, (), generator=generator)) for a, b in zip(least, most)]
+    return [slice(start, start + side) for start in starts]
+
+
 def batches(dataset, first_step, args, device, share=slice(None)):
-    """Yield the slice `share` of each step's (images, masks), on the device and augmented."""
+    """Yield the slice `share` of each step's (images, masks), on the device, cropped and augmented."""
     indices = (order(len(dataset), step * args.batch_size, args.batch_size, args.seed)[share]
                for step in range(first_step, args.steps))
     size = len(dataset) * (dataset.channels + 1) * math.prod(dataset.size)
     if size <= MEMORY_LIMIT:
-        all_images, all_masks = (part.to(device) for part in dataset.tensors())
+        all_images, all_masks = dataset.tensors()
         loader = ((all_images[index], all_masks[index]) for index in indices)
     else:
         print(f"data: {size / 2**30:.1f} GiB, loaded by worker processes (limit {MEMORY_LIMIT >> 30} GiB)")
         loader = torch.utils.data.DataLoader(dataset, batch_sampler=indices, pin_memory=device.type == "cuda",
                                              num_workers=min(4, os.cpu_count()))
     for step, batch in enumerate(loader, first_step):
-        images, masks = (part.to(device, non_blocking=True) for part in batch)
-        if args.augment:                            # by the place in the whole batch, whoever has this part
-            places = range(args.batch_size)[share]
-            pairs = [augment(image, mask, args.augment, rng(args.seed, 4, step, place))
-                     for image, mask, place in zip(images, masks, places)]
-            images, masks = (torch.stack(part) for part in zip(*pairs))
-        yield images, masks
+        pairs = []
+        for place, image, mask in zip(range(args.batch_size)[share], *batch):
+            generator = rng(args.seed, VIEW, step, place)   # by the place in the whole batch, whoever has it
+            if args.crop:
+                rows, columns = window(mask, args.crop, args.defect_share, generator)
+                image, mask = image[:, rows, columns], mask[rows, columns]
+            pairs.append(augment(image, mask, args.augment, generator))
+        yield tuple(torch.stack(part).to(device, non_blocking=True) for part in zip(*pairs))
 
 
 # --- pictures while training ---
 
-def preview(net, stage, config, images, masks, device):
+def preview(net, config, images, masks, device):
     """A sheet of 8 samples of this stage's EMA weights, from fixed seeds.
 
-    The large stage draws from noise, as far down as it was trained. The small one is only ever used below
-    switch_t: it denoises training images from there.
+    The large stage draws from noise, as far down as it was trained; the small one denoises training images
+    from where it takes over.
     """
-    alphas_cumprod, num_classes = schedule(config["T"]), len(config["classes"])
+    alphas_cumprod, joint = schedule(config["T"]), Joint(config["statistics"], len(config["classes"]), device)
 
     def denoise(x_t, t):
         with torch.autocast(device.type, torch.bfloat16, enabled=config["bf16"]):
             output = net(x_t, t)
         return to_x_start(output.float(), x_t, t, alphas_cumprod, config["target"])
 
-    x_start = encode(images, masks, num_classes)
-    noise = torch.randn(x_start.shape, generator=rng(config["seed"], 3)).to(device)
+    x_start = joint.encode(images, masks)
+    x_t = torch.randn(x_start.shape, generator=rng(config["seed"], PREVIEW)).to(device)
     steps, rows = [t for t in timesteps(config["T"], 20) if t >= config["t_range"][0]], []
-    if stage == "small":
+    if config["stage"] == "small":
         steps = [t for t in steps if t < SWITCH_T]
-        noise = q_sample(x_start, steps[0], noise, alphas_cumprod)
-        rows.append((f"t={steps[0]}", list(decode(noise, num_classes)[0].cpu())))
-    joint = sample(denoise, noise, steps, alphas_cumprod)
-    images, masks = (part.cpu() for part in decode(joint, num_classes))
+        x_t = q_sample(x_start, steps[0], x_t, alphas_cumprod)
+        rows.append((f"t={steps[0]}", list(joint.decode(x_t)[0].cpu())))
+    drawn = sample(denoise, x_t, steps, alphas_cumprod, limits=joint.limits)
+    images, masks = (part.cpu() for part in joint.decode(drawn))
     rows += [("image", list(images)), ("mask", [overlay(i, m) for i, m in zip(images, masks)])]
     return sheet(rows, classes=config["classes"])
 
@@ -168,13 +203,22 @@ def prepare(args, processes):
     dataset = dataset.subset(dataset.defective())
     if not len(dataset):
         raise ValueError(f"--data {args.data}, split {args.split}: no photo has a defect to learn")
-    network = dict(PRESETS[args.preset][args.stage])
-    if args.depth is not None:                                  # wider levels first, then more of the widest
+    network = dict(args.network)
+    if args.depth is not None:                  # the preset's first levels; beyond them copies of its last
         widths = network["multipliers"]
         network["multipliers"] = (widths + widths[-1:] * args.depth)[:args.depth + 1]
-    check_size(*args.size, depth=len(network["multipliers"]) - 1)
+        if args.stage == "large" and args.depth < min(network["attention_levels"]):
+            print(f"warning: at --depth {args.depth} the large network has no attention and sees patches")
+    depth, args.crop = len(network["multipliers"]) - 1, args.crop or None
+    if args.stage == "large" and args.crop:
+        raise ValueError("--crop is for the small stage: the large one is to see the whole product")
+    check_size(*args.size, depth)
+    if args.crop and args.crop % 2 ** depth:
+        raise ValueError(f"--crop {args.crop}: the net halves it {depth} times, use multiples of {2**depth}")
     config = dict(vars(args), size=list(args.size), classes=list(dataset.classes), channels=dataset.channels,
-                  images=[sample.name for sample in dataset.samples], T=1000, device=str(device))
+                  images=[sample.name for sample in dataset.samples], T=1000, device=str(device),
+                  statistics=image_statistics(dataset))
+    config.pop("network")
     if args.bf16 is None:
         config["bf16"] = has_bf16(device)
     own = {"large": [SWITCH_T - T_MARGIN, config["T"]], "small": [0, SWITCH_T + T_MARGIN]}
@@ -190,18 +234,22 @@ def build(network, config, device):
     net = UNet(config["channels"] + len(config["classes"]), **network).to(device, memory_format=layout)
     decay = config["weight_decay"]
     optimizer = torch.optim.AdamW(net.parameters(), config["lr"], weight_decay=decay, fused=True)
-    height, width = config["size"]
+    (height, width), crop, field = config["size"], config["crop"], receptive_field(net)
     print(f"{config['stage']}: {count_parameters(net) / 1e6:.2f} M parameters, sees {field_in_words(net)} of "
-          f"{height}x{width}, {device}, {'bf16' if config['bf16'] else 'fp32'}")
-    if config["stage"] == "small" and receptive_field(net) >= max(height, width):
+          f"{height}x{width}{f' in windows of {crop} px' if crop else ''}, {device}, "
+          f"{'bf16' if config['bf16'] else 'fp32'}")
+    if config["stage"] == "small" and field >= max(height, width):
         print("warning: the small network sees the whole image and may memorise it; see --size and --depth")
+    if crop and field > crop:
+        print("warning: the network sees more than a window; its edges will look like windows: raise --crop")
     return net, deepcopy(net).requires_grad_(False), optimizer
 
 
-def show_plan(args):
+def show_plan(flags):
     """Say what both stages would be, and check data and flags on the way."""
-    args.resume = True                                          # what is there already does not matter
-    for args.stage in STAGES:
+    flags.resume = True                                         # what is there already does not matter
+    for stage in STAGES:
+        args = complete(flags, stage)
         dataset, network, config, device = prepare(args, 1)
         build(network, config, device)
         low, high = config["t_range"]
@@ -271,6 +319,8 @@ def train(args):
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     dataset, network, config, device = prepare(args, processes)
     folder, alphas_cumprod = Path(args.out) / args.stage, schedule(config["T"])
+    joint = Joint(config["statistics"], len(dataset.classes), device)
+    by_time = time_weights(alphas_cumprod, args.target, args.weighting).float().to(device)
     share = slice(rank * args.batch_size // processes, (rank + 1) * args.batch_size // processes)
     if processes > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -291,11 +341,11 @@ def train(args):
 
     with log, noted_signals() if processes == 1 else nullcontext([]) as received:
         for step, (images, masks) in enumerate(batches(dataset, first_step, args, device, share), first_step):
-            x_start = encode(images, masks, len(dataset.classes))
-            random = rng(args.seed, 2, step)                    # one for all processes, which take shares
-            t = torch.randint(*config["t_range"], (args.batch_size,), generator=random)[share].to(device)
-            noise = torch.randn(args.batch_size, *x_start.shape[1:], generator=random)[share].to(device)
-            lr = args.lr * min(1.0, (step + 1) / max(args.warmup, 1))   # of no total, so it may be raised
+            x_start = joint.encode(images, masks)
+            generator = rng(args.seed, NOISE, step)             # one for all processes, which take shares
+            t = torch.randint(*config["t_range"], (args.batch_size,), generator=generator)[share].to(device)
+            noise = torch.randn(args.batch_size, *x_start.shape[1:], generator=generator)[share].to(device)
+            lr = args.lr * min(1.0, (step + 1) / max(args.warmup, 1))   # no decay: --steps may be raised
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
@@ -304,14 +354,15 @@ def train(args):
                 wait = processes > 1 and i < args.accumulate    # gradients are averaged once, in the last
                 with model.no_sync() if wait else nullcontext():
                     with torch.autocast(device.type, torch.bfloat16, enabled=config["bf16"]):
-                        losses = training_loss(model, x_start, t, noise, alphas_cumprod, args.target)
-                    (losses.mean() / args.accumulate).backward()
+                        losses = training_loss(model, x_start, t, noise, alphas_cumprod, args.target,
+                                               joint.weights)
+                    ((losses * by_time[t]).mean() / args.accumulate).backward()
                 values = torch.stack([losses.detach(), torch.ones_like(losses)])
                 totals.index_add_(1, t * 4 // config["T"], values)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            decay = min(args.ema, (1 + step) / (10 + step))     # so that 100 steps are not mostly step 0
+            decay = min(args.ema, (1 + step) / (10 + step))     # less at first, to forget step 0
             with torch.no_grad():                               # or the average keeps the graph of every step
                 torch._foreach_lerp_(averages, parameters, 1 - decay)
 
@@ -335,11 +386,11 @@ def train(args):
                 totals.zero_()
                 clock, last = now, done
             if save and rank == 0:
-                save_stage(folder / f"step_{done:06d}.pt", args.stage, net, ema, optimizer, done, config)
+                save_stage(folder / f"step_{done:06d}.pt", net, ema, optimizer, done, config)
                 for path in list(checkpoints(folder).values())[:-args.keep]:
                     path.unlink()
                 if not received:
-                    picture = preview(ema, args.stage, config, *(part.to(device) for part in eight), device)
+                    picture = preview(ema, config, *(part.to(device) for part in eight), device)
                     write_image(folder / f"samples_{done:06d}.png", picture)
                     clock = time.perf_counter()
             if stop:
@@ -350,8 +401,9 @@ def train(args):
         print(f"stopped by {signal.Signals(received[0]).name}; continue with the same command and --resume")
         return 128 + received[0]
     other = "small" if args.stage == "large" else "large"
-    both = checkpoints(Path(args.out) / other)
-    print("next:", f"python sample.py --run {args.out}" if both else f"the same command with --stage {other}")
+    other_trained = checkpoints(Path(args.out) / other)
+    again = f"the same command with --stage {other}"
+    print("next:", f"python sample.py --run {args.out}" if other_trained else again)
 
 
 def main():

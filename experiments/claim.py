@@ -34,11 +34,8 @@ TILE = ["--size", "48", "48", "--batch-size", "8"]
 RUNS = {"pill25": ("train25", 4000, None, []), "pill5": ("train5", 1500, None, []),
         "pill100": ("train100", 1500, None, []), "pill25-d0": ("train25", 1500, "pill25", ["--depth", "0"]),
         "pill25-d3": ("train25", 1500, "pill25", ["--depth", "3"]),
-        "trial-local": ("train25", 1500, "pill25", ["--preset", "tiny-local"]),
         "trial-own": ("train25", 1500, "pill25", ["--t-range", "own"]), "tile": ("few_shot", 4000, None, [])}
 SWITCHES = 0, 100, 200, 400, 600, 800, 1000     # 0: the large network alone, 1000: the small one alone
-TINY = train.PRESETS["tiny"]
-train.PRESETS["tiny-local"] = dict(TINY, small=dict(TINY["small"], norm="local"))
 
 
 # --- measures that only this experiment needs; features (N, D) as the class Features makes them ---
@@ -249,7 +246,7 @@ def show(results):
            for depth, run in ((0, "pill25-d0"), (1, "pill25"), (3, "pill25-d3")) for name in both])
     table(f"25 pills: ways of training the small network, {equal} steps",
           [(f"{run}, {name}", run, equal, name)
-           for run in ("pill25", "trial-own", "trial-local") for name in both])
+           for run in ("pill25", "trial-own") for name in both])
 
 
 def plot(x, lines, size=(640, 360)):

@@ -225,7 +225,7 @@ class Mask2Former(Segmenter):
     def __init__(self, num_classes: int, backbone: str = "resnet18", dim: int = 256, pixel_layers: int = 3,
                  layers: int = 9):
         super().__init__()
-        self.num_classes, self.architecture = num_classes, backbone
+        self.num_classes, self.backbone_name = num_classes, backbone
         self.backbone = resnet(backbone)
         self.pixel_decoder = PixelDecoder([self.backbone.width // n for n in (8, 4, 2, 1)], dim, pixel_layers)
         self.queries, self.query_position = (nn.Parameter(torch.randn(max(20, 2 * num_classes), dim))

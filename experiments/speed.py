@@ -1,6 +1,6 @@
 """What the networks cost on this machine, each beside a reference that is timed in the same run.
 
-    python -m experiments.speed                                   everything; sampling needs a run
+    python -m experiments.speed                                   everything; size and sampling need a run
     python -m experiments.speed --part training --quick           one part, in a minute
     python -m experiments.speed --part sampling --run runs/mine
 
@@ -9,8 +9,12 @@ are compared. The tables go to OUT/speed.json.
 """
 import argparse
 import copy
+import os
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -87,7 +91,8 @@ def released(net):
 def loss_of(net, x_start, alphas_cumprod):
     t = torch.randint(1000, (len(x_start),)).to(x_start.device)
     noise = torch.randn(x_start.shape).to(x_start.device)
-    return training_loss(net, x_start, t, noise, alphas_cumprod).mean()
+    weights = torch.full(x_start.shape[1:2], 1 / x_start.shape[1], device=x_start.device)
+    return training_loss(net, x_start, t, noise, alphas_cumprod, "x0", weights).mean()
 
 
 def our_step(net, x_start, bf16):
@@ -174,15 +179,28 @@ def training(args, device):
 
 
 def size(args, device):
-    """What a denoising call costs by size."""
-    sides, rows = (32, 64) if args.quick else (64, 128, 256), []
-    for name, network in (("large", LARGE), ("small", SMALL)):
-        net = UNet(7, **dict(network, channels=32)).to(device, memory_format=torch.channels_last)
-        calls = {side: denoising(net, torch.randn(1, 7, side, side, device=device)) for side in sides}
-        seconds = in_turn(calls, args.rounds, device)
-        rows.append([name, *(f"{1000 * s:.1f} ({1e9 * s / side ** 2:.0f})" for side, s in seconds.items())])
-    return {"caption": "A denoising call, 32 channels, one image: milliseconds (nanoseconds per pixel)",
-            "head": ["network", *(f"{side}x{side}" for side in sides)], "rows": rows}
+    """Pairs of one run, larger and larger: seconds and peak memory of `python sample.py` of its own."""
+    generator, rows = DefectGen.load(args.run, device), []
+    with tempfile.TemporaryDirectory() as folder:
+        for factor in (1, 2) if args.quick else (1, 2, 4, 8):
+            height, width = (factor * n for n in generator.size)
+            seconds, memory = [], []
+            for count in (1, 2):                                    # the second pair costs no start-up
+                command = [sys.executable, "sample.py", "--run", args.run, "--size", str(height), str(width),
+                           "--device", str(device), "--batch-size", "1", "--count", str(count),
+                           "--out", f"{folder}/{factor}_{count}"]
+                start = time.perf_counter()
+                process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                _, status, usage = os.wait4(process.pid, 0)
+                if status:
+                    raise ValueError(f"{' '.join(command)} failed")
+                seconds.append(time.perf_counter() - start)
+                memory.append(usage.ru_maxrss / 1024)
+            pair = seconds[1] - seconds[0]
+            rows.append([f"{height}x{width}", f"{pair:.1f}", f"{1e6 * pair / height / width:.1f}",
+                         f"{memory[1]:.0f}"])
+    return {"caption": f"Pairs of {args.run}, drawn alone", "rows": rows,
+            "head": ["size", "seconds a pair", "microseconds a pixel", "peak memory of the process, MiB"]}
 
 
 def sampling(args, device):

@@ -13,7 +13,8 @@ import train
 from datasets import write_classes, write_pair
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--size", "16", "16", "--steps", "4", "--batch-size", "2", "--save-every", "2", "--device", "cpu"]
+TINY = ["--size", "16", "16", "--steps", "4", "--batch-size", "2", "--save-every", "2", "--device", "cpu",
+        "--no-bf16"]
 torch.set_num_threads(1)            # small tensors: more threads only wait for each other
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 import datasets
 from conftest import make_data, picture
-from datasets import (AUGMENTATIONS, CLASS_TABLES, LABELS, NO_DEFECT, audit, augment, colorize, files_in,
+from datasets import (AUGMENTATIONS, CLASS_TABLES, LABELS, GOOD_KINDS, audit, augment, colorize, files_in,
                       find_dataset, find_objects, natural, open_dataset, open_picture, overlay, pair_paths,
                       read_mask, sheet, to_array, to_mode, write_atomically, write_classes, write_image,
                       write_json, write_pair)
@@ -133,7 +133,7 @@ def test_random_trees_pair_by_stem(tmp_path):
         if (root / "image").is_dir():
             data = find_dataset(root)
             paired = {f"{kind}/{stem}".lstrip("/"): mask for (kind, stem), (image, mask) in there.items()
-                      if image and (mask or kind in NO_DEFECT)}
+                      if image and (mask or kind in GOOD_KINDS)}
             assert {s.name: s.mask is not None for s in data.samples} == paired
             assert all(s.mask is None or s.mask.stem == f"{s.image.stem}_mask" for s in data.samples)
             assert len(data.problems) == sum(image or mask for image, mask in there.values()) - len(paired)
@@ -259,8 +259,11 @@ def test_every_image_mode_becomes_uint8(tmp_path, mode):
 
 
 def test_grey_files_give_one_channel_and_one_colour_file_makes_three(tmp_path):
-    for stem, shape, channels in (("0", (8, 8), 1), ("1", (8, 8, 3), 3)):
-        save(tmp_path / f"image/crack/{stem}.png", np.zeros(shape))
+    colour = np.zeros((8, 8, 3))
+    colour[3, 4] = 1, 0, 0
+    equal = np.zeros((8, 8, 3))
+    for stem, image, channels in (("0", equal[..., 0], 1), ("1", equal, 1), ("2", colour, 3)):
+        save(tmp_path / f"image/crack/{stem}.png", image)
         save(tmp_path / f"mask/crack/{stem}_mask.png", np.ones((8, 8)))
         assert open_dataset(tmp_path)[0][0].shape == (channels, 8, 8)
 

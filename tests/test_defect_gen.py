@@ -6,9 +6,10 @@ import torch
 
 import defect_gen
 from conftest import picture
-from defect_gen import (DefectGen, checkpoints, decode, encode, exact_denoiser, load_stage, save_stage,
-                        switched)
-from diffusion import noise_for, sample, schedule, timesteps
+from datasets import open_dataset
+from defect_gen import (IMAGE_STD, DefectGen, Joint, checkpoints, enlarge, exact_denoiser, image_statistics,
+                        in_tiles, load_stage, save_stage, switched)
+from diffusion import logsnr, noise_for, q_sample, sample, schedule, timesteps
 from unet import UNet
 
 
@@ -18,14 +19,31 @@ from unet import UNet
 def test_decode_inverts_encode(channels, num_classes):
     image = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, channels, 16, 16)
     mask = torch.randint(0, num_classes, (2, 16, 16), dtype=torch.uint8)
-    joint = encode(image, mask, num_classes)
+    way = Joint({"mean": [72.3, 128.0, 255.0][:channels], "std": [20.9, 1.0, 73.1][:channels]}, num_classes)
+    joint = way.encode(image, mask)
     assert joint.shape == (2, channels + num_classes, 16, 16) and joint.dtype == torch.float32
-    assert (joint.min(), joint.max()) == (-1, 1) and set(joint[:, channels:].unique().tolist()) <= {-1, 1}
+    assert set(joint[:, channels:].unique().tolist()) <= {-1, 1}
     assert (joint[:, channels:].sum(1) == 2 - num_classes).all()                        # one class per pixel
-    again_image, again_mask = decode(joint, num_classes)
+    again_image, again_mask = way.decode(joint)
     assert torch.equal(again_image, image) and torch.equal(again_mask, mask)            # every grey level
     assert again_image.dtype == again_mask.dtype == torch.uint8
-    assert torch.equal(decode(3 * joint, num_classes)[1], mask) and decode(3 * joint, 1)[0].max() == 255
+    assert torch.equal(way.decode(3 * joint)[1], mask) and way.decode(3 * joint)[0].max() == 255
+    low, high = way.limits                      # black and white, background and class: no x_0 is beyond
+    assert torch.equal(joint.clamp(low, high), joint) and torch.equal(joint.amax((0, 2, 3)), high.flatten())
+    assert way.weights[:channels].sum().item() == way.weights[channels:].sum().item() == pytest.approx(0.5)
+
+
+def test_images_are_standardised_over_the_training_set_whatever_the_size(data):
+    def statistics(size):
+        return image_statistics(open_dataset(data, size, "train"))
+    found = statistics((24, 32))
+    assert found == statistics((8, 8))                          # both stages have the same
+    images, masks = open_dataset(data, (64, 64), "train").tensors()
+    image = Joint(found, 3).encode(images, masks)[:, :3]
+    torch.testing.assert_close(image.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(image.std((0, 2, 3)), torch.full((3,), IMAGE_STD))
+    # So photos of any contrast are as strong as the noise at one timestep, close to the switch.
+    assert (IMAGE_STD ** 2 * logsnr(schedule()).exp() > 1).sum() == 383
 
 
 @pytest.mark.parametrize("switch_t", [0, 1, 400, 999, 1000])
@@ -108,6 +126,55 @@ def test_the_command_draws_one_trajectory(trained, tmp_path, monkeypatch, capsys
     assert picture(out).shape[1] > 132 * num_steps                                      # one column per step
 
 
+# --- two sizes ---
+
+@pytest.fixture
+def relay(trained, tmp_path):
+    """The trained run as one whose plans are half as large, over all timesteps."""
+    run = shutil.copytree(trained, tmp_path / "relay")
+    edit(run, "large", lambda checkpoint: checkpoint["config"].update(size=[8, 8], t_range=[0, 1000]))
+    return run
+
+
+def test_a_plan_is_drawn_to_its_end_enlarged_and_noised_to_the_first_step_of_small(relay):
+    generator, steps, seen = DefectGen.load(relay), timesteps(1000, 20), []
+    images, masks = generator.sample([3], on_step=lambda t, x_t, pred: seen.append((t, *x_t.shape[2:])))
+    below = [t for t in steps if t < 400]
+    assert seen == [(t, 8, 8) for t in steps] + [(t, 16, 16) for t in below]
+
+    table, limits = schedule(), generator.joint.limits          # the same, step by step
+    x_T = noise_for([3], (6, 8, 8))()
+    plan = sample(generator.denoiser(generator.large), x_T, steps, table, limits=limits)
+    x = q_sample(enlarge(plan, (16, 16)), below[0], noise_for([~3], (6, 16, 16))(), table)
+    joint = sample(generator.denoiser(generator.small), x, below, table, limits=limits)
+    assert all(map(torch.equal, generator.joint.decode(joint), (images, masks)))
+
+    planned = generator.sample([3], switch_t=0)                 # large alone: the plan, enlarged
+    assert torch.equal(planned[1], generator.joint.decode(enlarge(plan, (16, 16)))[1])
+    assert torch.equal(generator.sample([9, 3])[1][1], masks[0])                # a function of its seed
+    assert generator.sample([3], size=(24, 40))[0].shape == (1, 3, 24, 40)
+
+
+def test_a_plan_of_another_size_needs_a_large_stage_that_knows_all_timesteps(relay):
+    edit(relay, "large", lambda checkpoint: checkpoint["config"].update(t_range=[350, 1000]))
+    with pytest.raises(ValueError, match="draws to the end, but knows only 350 <= t: .* --t-range full"):
+        DefectGen.load(relay).sample([0])
+
+
+@pytest.mark.parametrize("depth, blocks", [(0, 1), (1, 1), (1, 2), (2, 1)])
+def test_pieces_with_margins_give_the_same_as_one_piece(depth, blocks, monkeypatch):
+    torch.manual_seed(0)
+    net = UNet(4, 8, (1, 2, 2)[:depth + 1], blocks, attention_levels=(), middle=False, norm="local").double()
+    for parameter in net.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)     # else the last layer answers 0
+    x_t, shapes = torch.randn(2, 4, 200, 328, dtype=torch.float64), []
+    whole = net(x_t, 7)
+    monkeypatch.setattr(defect_gen, "TILE", 128)
+    net.register_forward_pre_hook(lambda net, inputs: shapes.append(inputs[0].shape[2:]))
+    torch.testing.assert_close(in_tiles(net, x_t, 7), whole, rtol=0, atol=1e-12)
+    assert len(shapes) == 6 and max(max(shape) for shape in shapes) <= 128 + 2 * 64
+
+
 # --- checkpoints that do not fit ---
 
 @pytest.fixture
@@ -130,6 +197,12 @@ def test_a_run_with_one_stage_names_the_missing_one(copy):
         DefectGen.load(copy)
     with pytest.raises(FileNotFoundError, match="--run .*nowhere: no such folder; train first"):
         DefectGen.load(copy / "nowhere")
+
+
+def test_a_checkpoint_of_before_the_statistics_is_refused(copy):
+    edit(copy, "large", lambda checkpoint: checkpoint["config"].pop("statistics"))
+    with pytest.raises(ValueError, match="step_000004.pt: of an older version, .*; train again"):
+        DefectGen.load(copy)
 
 
 def test_a_checkpoint_of_the_wrong_stage_is_refused(copy):
@@ -166,7 +239,8 @@ def test_averages_are_loaded_strictly(copy):
 
 
 @pytest.mark.parametrize("key, value", [("images", ["crack/007"]), ("classes", ["background", "b", "c"]),
-                                        ("channels", 1), ("size", [16, 24]), ("T", 500), ("target", "v")])
+                                        ("channels", 1), ("statistics", {"mean": [0] * 3, "std": [1] * 3}),
+                                        ("T", 500), ("target", "x0")])
 def test_stages_that_do_not_fit_together_are_refused(copy, key, value):
     edit(copy, "small", lambda checkpoint: checkpoint["config"].update({key: value}))
     with pytest.raises(ValueError, match=f"run: the stages differ in {key}.*; train one of them again"):
@@ -201,10 +275,12 @@ def test_an_older_checkpoint_can_be_asked_for(trained):
 def test_a_saved_stage_is_loaded_bit_for_bit_and_steps_are_numbers(tmp_path):
     net, ema = UNet(4, 8, (1, 2), attention_levels=()), UNet(4, 8, (1, 2), attention_levels=())
     optimizer = torch.optim.AdamW(net.parameters())
+    config = {"stage": "large", "statistics": {}}
     for step in 7, 1_000_000, 90_000:
-        save_stage(tmp_path / f"step_{step:06d}.pt", "large", net, ema, optimizer, step, {"T": 1000})
+        save_stage(tmp_path / f"step_{step:06d}.pt", net, ema, optimizer, step, config)
     assert list(checkpoints(tmp_path)) == [7, 90_000, 1_000_000]
     loaded = load_stage(tmp_path, "large")
-    assert (loaded["step"], loaded["config"], loaded["network"]) == (1_000_000, {"T": 1000}, net.config)
+    found = loaded["step"], loaded["config"], loaded["network"]
+    assert found == (1_000_000, config, net.config)
     for name, module in (("model", net), ("ema", ema)):
         assert all(torch.equal(loaded[name][key], value) for key, value in module.state_dict().items())

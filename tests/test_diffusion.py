@@ -76,17 +76,32 @@ def test_targets_are_their_closed_forms_and_inverted(target, dtype, tolerance):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_training_loss_is_a_float32_mean_per_image(target):
+def test_training_loss_is_a_float32_mean_over_pixels_and_a_weighted_sum_over_channels(target):
     x, noise = images(3, 2, 4, 4, dtype=torch.float32), images(3, 2, 4, 4, seed=1, dtype=torch.float32)
-    t, off = torch.tensor([1, 500, 999]), torch.tensor([0.0, 0.5, 2.0]).view(3, 1, 1, 1)
+    t, off = torch.tensor([1, 500, 999]), torch.tensor([[0.0, 0.0], [0.5, 1.0], [2.0, 0.0]]).view(3, 2, 1, 1)
 
     def net(x_t, given_t):
         assert torch.equal(x_t, q_sample(x, t, noise, COSINE)) and torch.equal(given_t, t)
         return (diffusion.target_of(x, noise, t, COSINE, target) + off).bfloat16()
 
-    loss = diffusion.training_loss(net, x, t, noise, COSINE, target)
+    loss = diffusion.training_loss(net, x, t, noise, COSINE, target, torch.tensor([0.75, 0.25]))
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, torch.tensor([0.0, 0.25, 4.0]), rtol=2e-2, atol=1e-4)
+    torch.testing.assert_close(loss, torch.tensor([0.0, 0.4375, 3.0]), rtol=2e-2, atol=1e-4)
+
+
+def test_min_snr_counts_the_same_error_of_x_0_whatever_the_target():
+    snr = COSINE / (1 - COSINE)
+    x, off, noise = images(1000, 1, 2, 2), 0.1 * images(1000, 1, 2, 2, seed=1), images(1000, 1, 2, 2, seed=2)
+    t = torch.arange(1000)
+    for target in TARGETS:
+        wanted = diffusion.target_of(x, noise, t, COSINE, target)
+        x_t = q_sample(x, t, noise, COSINE)
+        signal, sigma = (part.view(-1, 1, 1, 1) for part in (COSINE.sqrt(), (1 - COSINE).sqrt()))
+        answer = x + off if target == "x0" else (signal * x_t - x - off) / sigma
+        losses = (answer - wanted).square().mean((1, 2, 3))
+        losses = losses * diffusion.time_weights(COSINE, target, "min-snr")
+        torch.testing.assert_close(losses, snr.clamp(max=5) * off.square().mean((1, 2, 3)))
+        assert (diffusion.time_weights(COSINE, target, "uniform") == 1).all()
 
 
 # --- timesteps ---
@@ -160,7 +175,7 @@ def test_dpm_is_algorithm_2_of_its_paper():
         D = x_0 if before is None else (1 + h / h_before / 2) * x_0 - h / h_before / 2 * before
         x = sigma[t] / sigma[s] * x - alpha[t] * torch.expm1(-h) * D
         before, h_before = x_0, h
-    torch.testing.assert_close(sample(wavy, x_T, steps, COSINE, clip=False), wavy(x, steps[-1]))
+    torch.testing.assert_close(sample(wavy, x_T, steps, COSINE), wavy(x, steps[-1]))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -195,14 +210,14 @@ def test_ddim_and_dpm_converge_to_the_solution_for_gaussian_data():
 
 def test_ddpm_reaches_the_variance_of_gaussian_data():
     draw, steps = noise_for([1], (1, 128, 128)), timesteps(1000, 250, "even")
-    x = sample(gaussian_denoiser(0.3), draw(), steps, COSINE, "ddpm", noise=draw, clip=False)
+    x = sample(gaussian_denoiser(0.3), draw(), steps, COSINE, "ddpm", noise=draw)
     assert x.std().item() == pytest.approx(0.3, rel=0.04)
 
 
 def test_predictions_are_clipped_need_no_gradient_and_keep_the_dtype():
     x_T, weight = images(1, 1, 4, 4), torch.ones((), requires_grad=True)
-    assert (sample(lambda x, t: x_T * 0 + 3, x_T, [9, 4, 0], COSINE) == 1).all()
-    assert (sample(lambda x, t: x_T * 0 + 3, x_T, [9, 4, 0], COSINE, clip=False) == 3).all()
+    assert (sample(lambda x, t: x_T * 0 + 3, x_T, [9, 4, 0], COSINE, limits=(-1, 1)) == 1).all()
+    assert (sample(lambda x, t: x_T * 0 + 3, x_T, [9, 4, 0], COSINE) == 3).all()
     x = sample(lambda x, t: (weight * x).bfloat16(), torch.ones(1, 1, 2, 2), [5, 0], COSINE)
     assert not x.requires_grad and x.dtype == torch.float32
 

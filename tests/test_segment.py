@@ -27,11 +27,9 @@ def squares(n=4, size=48):
     images = torch.randint(100, 156, (n, 3, size, size), generator=rng).to(torch.uint8)
     masks = torch.zeros(n, size, size, dtype=torch.uint8)
     for i in range(n - 1):
-        for k, (y, x) in enumerate(
-                torch.randint(0, 2, (2, 2), generator=rng).mul(4).add(torch.tensor([[4, 4],
-                                                                                    [24, 24]])).tolist(), 1):
-            images[i, :, y:y + 16, x:x + 16] = torch.tensor([[230, 30, 30], [30, 30,
-                                                                             230]])[k - 1].view(3, 1, 1)
+        places = 4 * torch.randint(0, 2, (2, 2), generator=rng) + torch.tensor([[4, 4], [24, 24]])
+        for k, ((y, x), colour) in enumerate(zip(places.tolist(), ([230, 30, 30], [30, 30, 230])), 1):
+            images[i, :, y:y + 16, x:x + 16] = torch.tensor(colour).view(3, 1, 1)
             masks[i, y:y + 16, x:x + 16] = k
     return images, masks
 
@@ -56,12 +54,11 @@ def test_logits_have_the_size_of_the_image(arch, shape):
         assert build(arch, 4).eval()(torch.rand(shape)).shape == (shape[0], 4, *shape[2:])
 
 
-@pytest.mark.parametrize("arch, options, millions", [("deeplabv3+", {}, 12.3),
-                                                     ("deeplabv3+", {"backbone": "resnet50"}, 26.7),
-                                                     ("segformer", {}, 3.7)])
+@pytest.mark.parametrize("arch, options, millions", [
+    ("deeplabv3+", {}, 12.3), ("deeplabv3+", {"backbone": "resnet50"}, 26.7), ("segformer", {}, 3.7)])
 def test_parameter_counts_are_those_of_the_published_networks(arch, options, millions):
-    assert sum(p.numel() for p in build(arch, 5, **options).parameters()) / 1e6 == pytest.approx(millions,
-                                                                                                 abs=0.05)
+    count = sum(p.numel() for p in build(arch, 5, **options).parameters())
+    assert count / 1e6 == pytest.approx(millions, abs=0.05)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -309,10 +306,8 @@ def test_a_class_never_trained_on_scores_zero():
 
 def test_the_ratio_is_of_the_pool_and_larger_ones_add_to_smaller():
     real = (torch.zeros(5, 3, 4, 4), torch.zeros(5, 4, 4))
-    synthetic = (torch.arange(1, 13.0).view(12, 1, 1,
-                                            1).expand(12, 3, 4,
-                                                      4), torch.arange(1, 13.0).view(12, 1,
-                                                                                     1).expand(12, 4, 4))
+    values = torch.arange(1, 13.0).view(12, 1, 1)
+    synthetic = values[:, None].expand(12, 3, 4, 4), values.expand(12, 4, 4)
     drawn = {}
     for ratio, count in ((0, 0), (0.5, 2), (1, 5), (2.4, 12)):
         images, masks = mix(real, synthetic, ratio, seed=3)

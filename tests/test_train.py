@@ -19,7 +19,8 @@ import train
 from commands import AT_CALL, program
 from conftest import ROOT, TINY, make_data, picture, run
 from datasets import open_dataset, write_classes
-from defect_gen import checkpoints, load_stage
+from defect_gen import STAGES, checkpoints, load_stage
+from diffusion import rng
 from inspect_rules import read_json
 
 
@@ -122,9 +123,9 @@ def test_a_stage_trains_at_its_own_timesteps_only(data, tmp_path, monkeypatch, s
         seen.extend(t.tolist())
         return loss(net, x_start, t, *rest)
 
-    def watched_sample(denoise, x_T, steps, *rest):
+    def watched_sample(denoise, x_T, steps, *rest, **limits):
         drawn_at.extend(steps)
-        return sample(denoise, x_T, steps, *rest)
+        return sample(denoise, x_T, steps, *rest, **limits)
 
     monkeypatch.setattr(train, "training_loss", watched)
     monkeypatch.setattr(train, "sample", watched_sample)
@@ -137,6 +138,48 @@ def test_a_stage_trains_at_its_own_timesteps_only(data, tmp_path, monkeypatch, s
     assert missing == (["loss_q1"] if stage == "large" else ["loss_q3", "loss_q4"])
     with pytest.raises(ValueError, match=rf"t_range was \[{low}, {high}\] and is \[0, 1000\]"):
         go(*flags, "--t-range", "full", "--resume", "--steps", 6)
+
+
+def test_windows_are_random_and_as_many_hold_a_defect_as_was_asked():
+    mask = torch.zeros(20, 30, dtype=torch.uint8)
+    mask[3:5, 25:28] = 1
+
+    def windows(side, share, count=400):
+        random = rng(0)
+        return [train.window(mask, side, share, random) for _ in range(count)]
+
+    for side in (1, 8, 20):
+        found = windows(side, 1.0)
+        assert all(mask[rows, columns].any() and mask[rows, columns].shape == (side, side)
+                   for rows, columns in found)
+        assert len({(rows.start, columns.start) for rows, columns in found}) >= (6 if side == 1 else 5)
+    anywhere = [(rows.start, columns.start) for rows, columns in windows(8, 0.0)]
+    assert (min(anywhere), max(anywhere)) == ((0, 0), (12, 22))
+    some = sum(bool(mask[rows, columns].any()) for rows, columns in windows(8, 0.5)) / 400
+    by_chance = sum(bool(mask[rows, columns].any()) for rows, columns in windows(8, 0.0)) / 400
+    assert some == pytest.approx(0.5 + 0.5 * by_chance, abs=0.08)
+    assert train.window(mask, 24, 1.0, rng(0))[0] == slice(0, 24)               # higher than the photo
+
+
+def test_a_stage_trains_on_windows_of_its_photos(data, tmp_path, capsys):
+    flags = ["--stage", "small", "--data", data, "--out", tmp_path, *TINY, "--size", 32, 48, "--crop", 16]
+    args = train.parse_args([str(flag) for flag in flags])
+    dataset = open_dataset(data, (32, 48), "train")
+    (images, masks), *_ = train.batches(dataset.subset(dataset.defective()), 0, args, torch.device("cpu"))
+    assert images.shape == (2, 3, 16, 16) and masks.shape == (2, 16, 16)
+    go(*flags)
+    assert "sees 45 px of 32x48 in windows of 16 px" in (said := capsys.readouterr().out)
+    assert "warning: the network sees more than a window" in said
+    assert picture(tmp_path / "small/samples_000004.png").shape[1] > 8 * 48      # pictures of the whole
+    with pytest.raises(ValueError, match="--crop 15: the net halves it 1 times, use multiples of 2"):
+        go(*flags[:-1], 15, "--resume")
+
+
+def test_presets_say_what_each_stage_gets():
+    large, small = (train.parse_args(["--stage", stage, "--preset", "laptop"]) for stage in STAGES)
+    assert (large.size, large.crop, large.t_range) == ((64, 64), None, "full")
+    assert (small.size, small.crop, small.t_range) == ((256, 256), 96, "own")
+    assert train.parse_args(["--stage", "small", "--preset", "laptop", "--crop", "64"]).crop == 64
 
 
 @pytest.mark.parametrize("depth, multipliers", [(0, [1]), (1, [1, 2]), (3, [1, 2, 2, 2])])
@@ -156,7 +199,7 @@ def test_a_single_grey_image_trains(tmp_path):
 
 def test_the_average_keeps_no_graph(data, tmp_path, monkeypatch):
     kept, save = [], train.save_stage
-    monkeypatch.setattr(train, "save_stage", lambda *a: kept.extend(a[3].parameters()) or save(*a))
+    monkeypatch.setattr(train, "save_stage", lambda *a: kept.extend(a[2].parameters()) or save(*a))
     go("--stage", "small", "--data", data, "--out", tmp_path, *TINY)
     assert kept and not any(p.requires_grad or p.grad_fn for p in kept)     # else memory grows with each step
 
