@@ -145,8 +145,8 @@ def train(photos, how, minutes, seed):
     return ema, step
 
 
-def draw(net, stage, photos, how, seed):
-    """64 pairs of a large network, or 12 held-out pairs whose detail a small one drew anew."""
+def draw(net, stage, photos, how, seed, count):
+    """Pairs of a large network, or held-out pairs whose detail a small one drew anew."""
     table, K = schedule(), len(photos.classes)
     scale = torch.tensor([1.0] * (net.config["in_channels"] - K) + [how["amplitude"]] * K).view(1, -1, 1, 1)
     limits = [limit * scale for limit in photos.joint.limits]
@@ -157,13 +157,12 @@ def draw(net, stage, photos, how, seed):
         return to_x_start(output.float(), x_t, t, table, how["target"])
 
     steps, found = timesteps(1000, how["num_steps"]), []
-    count, size = (64, 8) if stage == "large" else (12, 4)
-    for first in range(0, count, size):
-        noise = noise_for([1000 * seed + i for i in range(first, first + size)],
+    for first in range(0, count, 4):
+        noise = noise_for([1000 * seed + i for i in range(first, first + 4)],
                           (net.config["in_channels"], *photos.images.shape[2:]))
         x = noise()
         if stage == "small":
-            images, masks = (part[first:first + size] for part in photos.reference)
+            images, masks = (part[first:first + 4] for part in photos.reference)
             plan = F.interpolate(photos.joint.encode(images, masks), scale_factor=0.25, mode="area")
             plan = enlarge(plan, images.shape[2:]) * scale
             steps = [t for t in timesteps(1000, how["num_steps"]) if t < SWITCH_T]
@@ -185,9 +184,11 @@ def main():
     parser.add_argument("--quick", action="store_true", help="two variants, a second each; no numbers")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    args.judge_steps, names = 300, args.variants or list(VARIANTS[args.stage])
+    args.judge_steps, count = 300, 64 if args.stage == "large" else 12
+    names = args.variants or list(VARIANTS[args.stage])
     if args.quick:
-        args.judge_steps, args.minutes, args.seeds, names, args.size = 2, 1 / 60, 1, names[:2], (64, 64)
+        args.judge_steps, args.minutes, args.seeds, args.size, count = 2, 1 / 60, 1, (64, 64), 4
+        names = names[:2]
     photos, base = Photos(args), LARGE if args.stage == "large" else SMALL
     path = args.out / f"{args.stage}_{args.data.strip('/').split('/')[-1].replace(':', '_')}.json"
     cells = read_json(path) if path.exists() else {}
@@ -204,7 +205,7 @@ def main():
                 nets.update({seed: trained} if sampled else {})
             net, steps = nets[seed] if sampled else trained
             start = time.process_time()
-            images, masks = draw(net.eval(), args.stage, photos, how, seed)
+            images, masks = draw(net.eval(), args.stage, photos, how, seed, count)
             seconds = (time.process_time() - start) / len(images)
             cells[key] = dict(photos.measure(images, masks), steps=steps, seconds=seconds)
             write_json(path, cells)
