@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -35,10 +36,11 @@ from diffusion import (TARGETS, WEIGHTINGS, q_sample, rng, sample, schedule, tim
 from unet import LARGE, SMALL, UNet, check_size, count_parameters, field_in_words, receptive_field
 
 TINY = dict(size=(64, 64), crop=None, steps=900, batch_size=4, lr=1e-3, weight_decay=0.0, ema=0.998,
-            warmup=50, save_every=450, target="v", weighting="min-snr", t_range="own")
+            warmup=50, save_every=450, target="v", weighting="min-snr", soft_masks=False, t_range="own")
 LAPTOP = dict(TINY, steps=20_000, ema=0.999, save_every=2000)
 PAPER = dict(size=(256, 256), crop=None, steps=160_000, batch_size=2, lr=1e-4, weight_decay=0.002, ema=0.9999,
-             warmup=0, save_every=10_000, target="x0", weighting="uniform", t_range="full")
+             warmup=0, save_every=10_000, target="x0", weighting="uniform", soft_masks=False,
+             t_range="full")
 WHOLE = dict(channels=32, multipliers=(1, 1, 2, 4), num_res_blocks=1, attention_levels=(3,))
 PATCHES = dict(channels=32, multipliers=(1, 2), num_res_blocks=1, attention_levels=(), middle=False,
                norm="local")
@@ -46,12 +48,13 @@ PRESETS = {
     # 64x64 on two CPU cores in minutes: demo, tests, teaching
     "tiny": dict(large=dict(TINY, network=WHOLE), small=dict(TINY, weighting="uniform", network=PATCHES)),
     # 256x256 on two CPU cores overnight: a plan of 64x64, then crops of the photos
-    "laptop": dict(large=dict(LAPTOP, t_range="full", network=WHOLE),
+    "laptop": dict(large=dict(LAPTOP, soft_masks=True, t_range="full", network=WHOLE),
                    small=dict(LAPTOP, weighting="uniform", size=(256, 256), crop=96, steps=8000,
                               network=dict(PATCHES, num_res_blocks=2))),
     # the released configuration (its yaml files)
     "paper": dict(large=dict(PAPER, network=LARGE), small=dict(PAPER, network=SMALL)),
 }
+FINER = 4                       # --soft-masks: each pixel holds the mean of so many squared
 T_MARGIN = 50                   # own timesteps reach this far beyond SWITCH_T: sampling may move the switch
 MEMORY_LIMIT = 4 << 30          # bytes; data up to this size are decoded once and kept, larger ones loaded
 ORDER, NOISE, PREVIEW, VIEW = 1, 2, 3, 4        # what random numbers are for; see diffusion.rng
@@ -89,6 +92,8 @@ def parse_args(argv=None):
                         "see less of the image, see python unet.py (default: the preset's)")
     parser.add_argument("--target", choices=TARGETS, help="what the network predicts")
     parser.add_argument("--weighting", choices=WEIGHTINGS, help="what errors count, by timestep")
+    parser.add_argument("--soft-masks", action=argparse.BooleanOptionalAction, help="a mask pixel holds the "
+                        "share of each class in it: in a plan, defects finer than its pixels would vanish")
     parser.add_argument("--t-range", choices=["own", "full"], help="timesteps to train at: the stage's own "
                         f"side of t = {SWITCH_T} and {T_MARGIN} beyond it, or all, for any --switch-t")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
@@ -159,6 +164,12 @@ def batches(dataset, first_step, args, device, share=slice(None)):
         yield tuple(torch.stack(part).to(device, non_blocking=True) for part in zip(*pairs))
 
 
+def encode(joint, images, masks, config):
+    """What the network learns of images (B, C, H, W) and masks (B, H, W): see Joint, and --soft-masks."""
+    x_start = joint.encode(images, masks)
+    return F.avg_pool2d(x_start, FINER) if config["soft_masks"] else x_start
+
+
 # --- pictures while training ---
 
 def preview(net, config, images, masks, device):
@@ -174,7 +185,7 @@ def preview(net, config, images, masks, device):
             output = net(x_t, t)
         return to_x_start(output.float(), x_t, t, alphas_cumprod, config["target"])
 
-    x_start = joint.encode(images, masks)
+    x_start = encode(joint, images, masks, config)
     x_t = torch.randn(x_start.shape, generator=rng(config["seed"], PREVIEW)).to(device)
     steps, rows = [t for t in timesteps(config["T"], 20) if t >= config["t_range"][0]], []
     if config["stage"] == "small":
@@ -219,6 +230,8 @@ def prepare(args, processes):
                   images=[sample.name for sample in dataset.samples], T=1000, device=str(device),
                   statistics=image_statistics(dataset))
     config.pop("network")
+    if args.soft_masks:                                         # photos larger by FINER, to take shares of
+        dataset.size = tuple(FINER * n for n in args.size)
     if args.bf16 is None:
         config["bf16"] = has_bf16(device)
     own = {"large": [SWITCH_T - T_MARGIN, config["T"]], "small": [0, SWITCH_T + T_MARGIN]}
@@ -341,7 +354,7 @@ def train(args):
 
     with log, noted_signals() if processes == 1 else nullcontext([]) as received:
         for step, (images, masks) in enumerate(batches(dataset, first_step, args, device, share), first_step):
-            x_start = joint.encode(images, masks)
+            x_start = encode(joint, images, masks, config)
             generator = rng(args.seed, NOISE, step)             # one for all processes, which take shares
             t = torch.randint(*config["t_range"], (args.batch_size,), generator=generator)[share].to(device)
             noise = torch.randn(args.batch_size, *x_start.shape[1:], generator=generator)[share].to(device)

@@ -19,7 +19,7 @@ import train
 from commands import AT_CALL, program
 from conftest import ROOT, TINY, make_data, picture, run
 from datasets import open_dataset, write_classes
-from defect_gen import STAGES, checkpoints, load_stage
+from defect_gen import STAGES, Joint, checkpoints, load_stage
 from diffusion import rng
 from inspect_rules import read_json
 
@@ -173,6 +173,17 @@ def test_a_stage_trains_on_windows_of_its_photos(data, tmp_path, capsys):
     assert picture(tmp_path / "small/samples_000004.png").shape[1] > 8 * 48      # pictures of the whole
     with pytest.raises(ValueError, match="--crop 15: the net halves it 1 times, use multiples of 2"):
         go(*flags[:-1], 15, "--resume")
+
+
+def test_soft_masks_hold_the_share_of_each_class_in_a_pixel(data, tmp_path):
+    joint, masks = Joint({"mean": [0] * 3, "std": [1] * 3}, 3), torch.zeros(1, 8, 8, dtype=torch.uint8)
+    masks[0, :2, :4] = 1                                        # half of the first of four pixels
+    x_start = train.encode(joint, torch.zeros(1, 3, 8, 8), masks, {"soft_masks": True})
+    assert x_start.shape == (1, 6, 2, 2)
+    assert x_start[0, 3:, 0, 0].tolist() == [0, 0, -1] and (x_start[0, 4].flatten()[1:] == -1).all()
+    go("--stage", "large", "--data", data, "--out", tmp_path, *TINY, "--soft-masks")
+    assert load_stage(tmp_path / "large", "large")["config"]["size"] == [16, 16]
+    assert picture(tmp_path / "large/samples_000004.png").shape[1] > 8 * 16
 
 
 def test_presets_say_what_each_stage_gets():
