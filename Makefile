@@ -8,8 +8,8 @@ demo: .venv/ready
 	rm -rf runs/demo
 	$(RUN) train.py --stage large
 	$(RUN) train.py --stage small
-	$(RUN) sample.py
-	$(RUN) evaluate.py
+	$(RUN) sample.py --min-area-px 1
+	$(RUN) evaluate.py generation
 
 test: .venv/ready
 	$(RUN) -m pytest -q -m "not slow"

@@ -12,7 +12,6 @@ import argparse
 import base64
 import html
 import math
-import os
 import platform
 import statistics
 import time
@@ -25,11 +24,14 @@ import torch.nn.functional as F
 from datasets import (describe, has_bf16, open_dataset, overlay, pick_device, run_main, sheet,
                       write_atomically, write_image, write_json)
 from defect_gen import STAGES, load_stage
-from inspect_rules import STANDARDS, judge, load_standard, read_json, recall_fpr, verdict, wilson_interval
+from diffusion import rng
+from inspect_rules import (STANDARDS, find_components, find_runs, judge, load_standard, read_json, recall_fpr,
+                           verdict, wilson_interval)
 from segment import build, check_arch, confusion_matrix, fit, load_backbone, miou, mix, predict
 
 COPY_BELOW = 0.5        # half as new as a real photo; 0 to 3 % of held-out drawn products lie below
 INSPECTOR = "deeplabv3+"        # the network of the inspection, and the judge of masks
+JUDGE_NEEDS = 8                 # images; a segmenter of fewer judges nothing
 
 
 # --- measures ---
@@ -132,17 +134,36 @@ def mask_fit(predicted, masks):
     return (a & b).flatten(1).sum(1) / (a | b).flatten(1).sum(1)
 
 
-def measure(images, masks, seen_masks, training, reference):
-    """{name: number} of pictures, given held-out ones (`reference`) and training images with variants.
+def defect_crops(images, masks, side):
+    """Squares (K, C, side, side) around the largest defect of the images that have one; K <= N."""
+    crops, size = [], masks.shape[1:]
+    for image, mask in zip(images, masks):
+        if mask.any():
+            row, start, stop = max(find_components(find_runs(mask.numpy() > 0)),
+                                   key=lambda runs: (runs[2] - runs[1]).sum())
+            middle = (row.min() + row.max() + 1) // 2, (start.min() + stop.max()) // 2
+            top, left = (min(max(0, m - side // 2), n - side) for m, n in zip(middle, size))
+            crops.append(image[:, top:top + side, left:left + side])
+    return torch.stack(crops) if crops else images.new_zeros(0, images.shape[1], side, side)
 
-    seen_masks: what a segmenter trained on the real images predicts for the pictures.
+
+def measure(pairs, seen_masks, training, reference):
+    """{name: number} of (images, masks), given held-out pairs (`reference`) and training pairs with variants.
+
+    seen_masks: what a segmenter that was trained on neither sees in the images; None if there is none.
     """
-    new, (across, along) = novelty(images, training, reference), grain(images)
-    return {"patch distance": statistics.mean(sliced_wasserstein(images, reference)),
+    images, masks = pairs
+    side = min(images.shape[2:]) // 4
+    crops = [defect_crops(*part, side) for part in (pairs, training, reference)]
+    new, (across, along) = novelty(images, training[0], reference[0]), grain(images)
+    fit = math.nan if seen_masks is None else 100 * mask_fit(seen_masks, masks).nanmean().item()
+    return {"patch distance": statistics.mean(sliced_wasserstein(images, reference[0])),
             "grain across": across, "grain along": along,
-            "novelty": new.median().item(), "copies %": 100 * (new < COPY_BELOW).double().mean().item(),
-            "shape": shape_distance(images, reference).mean().item(),
-            "mask fit %": 100 * mask_fit(seen_masks, masks).nanmean().item()}
+            "empty %": 100 * (masks == 0).flatten(1).all(1).double().mean().item(),
+            "defects %": 100 * (masks > 0).double().mean().item(),
+            "copies %": 100 * (new < COPY_BELOW).double().mean().item(), "novelty": new.median().item(),
+            "defect novelty": novelty(*crops).median().item() if len(crops[0]) else math.nan,
+            "shape": shape_distance(images, reference[0]).mean().item(), "mask fit %": fit}
 
 
 # --- the run ---
@@ -162,11 +183,6 @@ class Run:
         if config["images"] != [self.train.samples[i].name for i in self.train.defective()]:
             raise ValueError(f"{self.data}: split {config['split']} no longer names the images that "
                              f"{self.folder} was trained on; restore it, or train again")
-        files = [{os.path.realpath(s.image) if isinstance(s.image, Path) else s.name for s in part.samples}
-                 for part in (self.train, self.test)]
-        if shared := files[0] & files[1]:
-            raise ValueError(f"--split {args.split} shares {len(shared)} images with the training split, "
-                             f"{min(shared)} among them; choose another split")
         if not self.test.defective():
             raise ValueError(f"{self.data}: no image has a defect in --split {args.split}; choose another")
         print(describe(self.train), describe(self.test), sep="\n")
@@ -177,6 +193,11 @@ class Run:
                                     f"python sample.py --run {self.folder}")
         self.generated = open_dataset(self.folder / "samples", self.size).tensors()
         self.real, self.scored = self.train.tensors(), self.test.tensors()
+        trained = {image.numpy().tobytes() for image in self.real[0]}       # by pixels: names may differ
+        if shared := [sample.name for sample, image in zip(self.test.samples, self.scored[0])
+                      if image.numpy().tobytes() in trained]:
+            raise ValueError(f"--split {args.split} shares {len(shared)} images with the training split, "
+                             f"{shared[0]} among them; choose another split")
 
     def open(self, split):
         return open_dataset(self.data, self.size, split, self.config.get("object"))
@@ -206,20 +227,21 @@ class Run:
             return self.original[0], 2
         return (self.real if name == "real" else self.mixed), len(self.classes)
 
-    def predict(self, arch, pool, seed, images=None, steps=None):
-        """What a segmenter trained on a pool predicts for the scoring images; kept: two experiments ask."""
-        key = arch, pool, seed
-        if images is None and key in self.predictions:
-            return self.predictions[key]
-        pairs, num_classes = self.pool(pool)
+    def segmenter(self, arch, pairs, num_classes, seed, steps):
+        """Train a segmenter; returns its function images -> masks."""
         net, bf16 = build(arch, num_classes, seed), has_bf16(self.device)
         if self.args.backbone_weights:
             load_backbone(net, self.args.backbone_weights)
-        fit(net.to(self.device), *pairs, steps or self.args.steps, seed=seed, bf16=bf16)
-        masks = predict(net, self.scored[0] if images is None else images, bf16=bf16)
-        if images is None:
-            self.predictions[key] = masks
-        return masks
+        fit(net.to(self.device), *pairs, steps, seed=seed, bf16=bf16)
+        return partial(predict, net, bf16=bf16)
+
+    def predict(self, arch, pool, seed):
+        """What a segmenter trained on a pool predicts for the scoring images; kept: two experiments ask."""
+        key = arch, pool, seed
+        if key not in self.predictions:
+            segmenter = self.segmenter(arch, *self.pool(pool), seed, self.args.steps)
+            self.predictions[key] = segmenter(self.scored[0])
+        return self.predictions[key]
 
     def figure(self, name, picture, caption):
         """Write a picture beside the report and return the record that the report shows it by."""
@@ -242,60 +264,77 @@ def class_shares(masks, num_classes):
     return cells
 
 
-def real_sets(run):
-    """(images, masks) with a defect: training; the same in all variants; every second held-out; the rest."""
-    train = tuple(part[run.train.defective()] for part in run.real)
-    test = tuple(part[run.test.defective()] for part in run.scored)
-    reference, others = (tuple(part[i::2] for part in test) for i in (0, 1))
-    return train, variants(*train, run.config["augment"]), reference, others
+def halves(dataset, seed):
+    """Indices of the images with a defect in two random halves, with half of each kind in each.
+
+    The order of the samples does not matter.
+    """
+    def kind(i):
+        return dataset.samples[i].kind or str(dataset.classes_in(i))
+    named = sorted(dataset.defective(), key=lambda i: dataset.samples[i].name)
+    shuffled = [named[i] for i in torch.randperm(len(named), generator=rng(seed)).tolist()]
+    ordered = sorted(shuffled, key=kind)
+    return ordered[::2], ordered[1::2]
 
 
 def generation(run, progress):
     """Generated pairs beside held-out real ones: how far apart, what is copied, what the masks hold."""
-    train, (training, training_masks), reference, others = real_sets(run)
-    test = [torch.cat(parts) for parts in zip(reference, others)]
-    if len(test[0]) < 4:
-        return not_run("Generation", f"{len(test[0])} held-out images have a defect; it takes 4")
-    sets = {"other real images": others, "generated": [part[:64] for part in run.generated]}
-    every, steps = torch.cat([images for images, _ in sets.values()]), 2 * run.args.steps
-    seen = run.predict(INSPECTOR, "real", 0, every, steps)
-    progress(f"masks judged by {INSPECTOR}, {steps} steps on the training images")
-    seen = dict(zip(sets, seen.split([len(masks) for _, masks in sets.values()])))
-    groups = max(1, min(run.args.seeds, len(sets["generated"][0]) // 8, len(others[0])))
-    numbers = {}
-    for name, (images, masks) in sets.items():
-        parts = [(part[i::groups] for part in (images, masks, seen[name])) for i in range(groups)]
-        numbers[name] = [measure(*part, training, reference[0]) for part in parts]
+    train = tuple(part[run.train.defective()] for part in run.real)
+    test = tuple(part[run.test.defective()] for part in run.scored)
+    training, steps, parts = variants(*train, run.config["augment"]), 2 * run.args.steps, run.args.seeds
+    count = min(len(test[0]) // 2, len(run.generated[0]) // parts)
+    if len(test[0]) < 4 or not count:
+        return not_run("Generation", f"{len(test[0])} held-out images have a defect and there are "
+                       f"{len(run.generated[0])} pairs; it takes 4, and {parts} (--seeds)")
+    numbers = {"other real images": [], "generated": []}
+    for part in range(parts):
+        reference, others = (tuple(pixels[half] for pixels in run.scored) for half in halves(run.test, part))
+        apart = [i * len(others[0]) // count for i in range(count)]         # of every kind its share
+        sets = [tuple(pixels[apart] for pixels in others),
+                tuple(pixels[part * count:(part + 1) * count] for pixels in run.generated)]
+        seen = [None, None]
+        if len(reference[0]) >= JUDGE_NEEDS:
+            judge_masks = run.segmenter(INSPECTOR, reference, len(run.classes), part, steps)
+            seen = [judge_masks(images) for images, _ in sets]
+        for values, pairs, masks in zip(numbers.values(), sets, seen):
+            values.append(measure(pairs, masks, training, reference))
+        progress(f"part {part + 1} of {parts}, masks judged by {INSPECTOR} after {steps} steps")
     names = list(numbers["generated"][0])
-    rows = [[set_name, *(spread([part[name] for part in parts], 2) for name in names)]
-            for set_name, parts in numbers.items()]
+    rows = [[name, *(spread([values[name] for values in sets], 2) for sets in numbers.values())]
+            for name in names]
     shares = [[name, *class_shares(masks, len(run.classes))] for name, masks in
               (("training", train[1]), ("held out", test[1]), ("generated", run.generated[1]))]
-
-    shown = range(0, len(sets["generated"][0]), max(1, len(sets["generated"][0]) // 8))[:8]
-    images, masks = ([part[i] for i in shown] for part in sets["generated"])
-    nearest = distances(torch.stack(images), training, halved).argmin(1).tolist()
-    near = [("nearest training", [training[i] for i in nearest]),
-            ("its mask", [overlay(training[i], training_masks[i]) for i in nearest])]
-    pictures = [("generated", images), ("its mask", list(map(overlay, images, masks))), *near]
-    real = [(name, list(map(overlay, *(part[:: max(1, len(part) // 8)][:8] for part in pairs))))
-            for name, pairs in (("training", train), ("held out", test))]
-    return {"title": "Generation", "numbers": numbers,
-            "tables": [{"caption": "Distances", "head": ["set", *names], "rows": rows},
+    figures = generation_figures(run, train, training, test)
+    return {"title": "Generation", "numbers": numbers, "figures": figures,
+            "tables": [{"caption": "Pairs", "head": ["", *numbers], "rows": rows},
                        {"caption": "Masks: % of pixels (% of images that have it)", "rows": shares,
                         "head": ["set", "% empty", *run.classes[1:]]}],
-            "figures": [run.figure("nearest.png", sheet(pictures, classes=run.classes),
-                                   "Generated pairs, and the training image nearest to each"),
-                        run.figure("real.png", sheet(real, classes=run.classes), "Real images with masks")],
-            "text": [f"The first {len(sets['generated'][0])} generated pairs, empty masks included; "
-                     f"{len(train[0])} training images ({len(training)} with the variants of --augment), "
-                     f"{len(reference[0])} held-out images as reference and {len(others[0])} as another set, "
-                     f"all with defects. ± is the standard deviation over {groups} parts of a set.",
+            "text": [f"{count} pairs of each set at a time, empty masks included; ± is the deviation over "
+                     f"{parts} parts: other generated pairs, and other random halves of the {len(test[0])} "
+                     f"held-out images with a defect, as reference and as other real images. "
+                     f"{len(train[0])} training images, {len(training[0])} with the variants of --augment.",
                      "Patch distance: sliced Wasserstein, 0 is best. Grain: mean difference of neighbouring "
-                     "pixels in grey levels. Novelty: distance to the nearest "
-                     "training image; held-out photos have 1, a copy 0, and what is below "
-                     f"{COPY_BELOW} counts as a copy. Shape: distance of the outlines, real ones have 1. "
-                     f"Mask fit: IoU with what {INSPECTOR} sees after {steps} steps on the training images."]}
+                     "pixels in grey levels. Novelty: distance to the nearest training image; held-out "
+                     f"photos have 1, a copy 0, and what is below {COPY_BELOW} counts as a copy. Defect "
+                     "novelty: the same around the largest defect. Shape: distance of the outlines, real "
+                     f"ones have 1. Mask fit: IoU with what {INSPECTOR} sees after {steps} steps on the "
+                     f"reference (if it has {JUDGE_NEEDS} images): the judge has seen no training image."]}
+
+
+def generation_figures(run, train, training, test):
+    """Generated pairs with the nearest training images, and real ones; each pair (images, masks)."""
+    every = max(1, len(run.generated[0]) // 8)
+    images, masks = (part[::every][:8] for part in run.generated)
+    nearest = distances(images, training[0], halved).argmin(1)
+    near_images, near_masks = (part[nearest] for part in training)
+    pictures = [("generated", list(images)), ("its mask", list(map(overlay, images, masks))),
+                ("nearest training", list(near_images)),
+                ("its mask", list(map(overlay, near_images, near_masks)))]
+    real = [(name, list(map(overlay, *(part[:: max(1, len(part) // 8)][:8] for part in pairs))))
+            for name, pairs in (("training", train), ("held out", test))]
+    return [run.figure("nearest.png", sheet(pictures, classes=run.classes),
+                       "Generated pairs, and the training image nearest to each"),
+            run.figure("real.png", sheet(real, classes=run.classes), "Real images with masks")]
 
 
 def segmentation(run, progress):
@@ -457,7 +496,7 @@ def parse_args(argv=None):
     parser.add_argument("--original", metavar="DATA", help="the same images with an older annotation, as in "
                         "MVTec AD (default: drawn data have one, else all classes are merged)")
     parser.add_argument("--split", default="test", help="images to score on (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=2, help="segmenters of each kind, and parts "
+    parser.add_argument("--seeds", type=int, default=3, help="segmenters of each kind, and parts "
                         "of the pairs that ± is taken over (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=100, help="optimiser steps of a segmenter; twice that "
                         "for the judge of masks (default: %(default)s)")

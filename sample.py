@@ -1,6 +1,7 @@
 """Draw image + mask pairs from a trained run and write them as a data set.
 
     python sample.py                                    64 pairs from runs/demo into runs/demo/samples
+    python sample.py --min-area-px 1                    64 pairs that have a defect
     python sample.py --run runs/mine --seeds 100-199 --num-steps 50
     python sample.py --run runs/mine --count 50 --defect crack --min-area-px 20     draws until 50 pairs fit
 
@@ -117,7 +118,8 @@ def draw_pairs(args):
         eight = slice(first, first + 8)
         rows += [("image", list(images[eight])), ("mask", list(map(overlay, images[eight], masks[eight])))]
     write_image(out / "sheet.png", sheet(rows, classes=generator.classes))
-    print(f"{kept} pairs in {out}, contact sheet {out / 'sheet.png'}")
+    drawn = f" of {len(seeds) - len(missing)} drawn" if choosy else ""
+    print(f"{kept} pairs{drawn} in {out}, contact sheet {out / 'sheet.png'}")
     if out == Path(args.run) / "samples":
         print(f"next: python evaluate.py --run {args.run}")
 

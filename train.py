@@ -35,21 +35,23 @@ from diffusion import (TARGETS, WEIGHTINGS, q_sample, rng, sample, schedule, tim
                        to_x_start, training_loss)
 from unet import LARGE, SMALL, UNet, check_size, count_parameters, field_in_words, receptive_field
 
-TINY = dict(size=(64, 64), crop=None, steps=900, batch_size=4, lr=1e-3, weight_decay=0.0, ema=0.998,
-            warmup=50, save_every=450, target="v", weighting="min-snr", soft_masks=False, t_range="own")
-LAPTOP = dict(TINY, steps=20_000, ema=0.999, save_every=2000)
+TINY = dict(size=(64, 64), crop=None, steps=1800, batch_size=4, lr=1e-3, weight_decay=0.0, ema=0.998,
+            warmup=50, save_every=500, target="v", weighting="min-snr", soft_masks=False, t_range="own")
+LAPTOP = dict(TINY, steps=10_000, ema=0.999, save_every=2000)
 PAPER = dict(size=(256, 256), crop=None, steps=160_000, batch_size=2, lr=1e-4, weight_decay=0.002, ema=0.9999,
              warmup=0, save_every=10_000, target="x0", weighting="uniform", soft_masks=False,
              t_range="full")
+PLAN = dict(soft_masks=True, t_range="full")                    # of a large stage smaller than the small one
 WHOLE = dict(channels=32, multipliers=(1, 1, 2, 4), num_res_blocks=1, attention_levels=(3,))
 PATCHES = dict(channels=32, multipliers=(1, 2), num_res_blocks=1, attention_levels=(), middle=False,
                norm="local")
 PRESETS = {
-    # 64x64 on two CPU cores in minutes: demo, tests, teaching
-    "tiny": dict(large=dict(TINY, network=WHOLE), small=dict(TINY, weighting="uniform", network=PATCHES)),
-    # 256x256 on two CPU cores overnight: a plan of 64x64, then crops of the photos
-    "laptop": dict(large=dict(LAPTOP, soft_masks=True, t_range="full", network=WHOLE),
-                   small=dict(LAPTOP, weighting="uniform", size=(256, 256), crop=96, steps=8000,
+    # 64x64 on two CPU cores in minutes, after a plan of 32x32: demo, tests, teaching
+    "tiny": dict(large=dict(TINY, **PLAN, size=(32, 32), steps=2000, batch_size=8, network=WHOLE),
+                 small=dict(TINY, weighting="uniform", network=PATCHES)),
+    # 256x256 on two CPU cores in hours: a plan of 64x64, then crops of the photos
+    "laptop": dict(large=dict(LAPTOP, **PLAN, network=WHOLE),
+                   small=dict(LAPTOP, weighting="uniform", size=(256, 256), crop=96, steps=4000,
                               network=dict(PATCHES, num_res_blocks=2))),
     # the released configuration (its yaml files)
     "paper": dict(large=dict(PAPER, network=LARGE), small=dict(PAPER, network=SMALL)),

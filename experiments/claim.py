@@ -9,15 +9,11 @@ checkpoint, measures them, and writes the numbers to OUT/claim.json and plots be
 done again.
 """
 import argparse
-import math
 import statistics
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch import nn
-from torchvision import models
 
 import evaluate
 import sample
@@ -25,108 +21,17 @@ import train
 from data.drawn import DRAWN, draw, drawn_kind
 from datasets import PALETTE, run_main, write_classes, write_image, write_json, write_pair
 from defect_gen import SWITCH_T, DefectGen, checkpoints
-from evaluate import INSPECTOR, measure, novelty, print_table, spread
+from evaluate import INSPECTOR, halves, measure, print_table, spread, variants
 from inspect_rules import read_json
 
-PILL = ["--size", "32", "32", "--batch-size", "16"]
-TILE = ["--size", "48", "48", "--batch-size", "8"]
+PILL = ["--size", "32", "32", "--batch-size", "16", "--no-soft-masks"]
+TILE = ["--size", "48", "48", "--batch-size", "8", "--no-soft-masks"]
 # name: (split, steps, whose large network is taken instead of one of its own, flags of the small network)
 RUNS = {"pill25": ("train25", 4000, None, []), "pill5": ("train5", 1500, None, []),
         "pill100": ("train100", 1500, None, []), "pill25-d0": ("train25", 1500, "pill25", ["--depth", "0"]),
         "pill25-d3": ("train25", 1500, "pill25", ["--depth", "3"]),
         "trial-own": ("train25", 1500, "pill25", ["--t-range", "own"]), "tile": ("few_shot", 4000, None, [])}
 SWITCHES = 0, 100, 200, 400, 600, 800, 1000     # 0: the large network alone, 1000: the small one alone
-
-
-# --- measures that only this experiment needs; features (N, D) as the class Features makes them ---
-
-class Features:
-    """uint8 images -> float32 (N, 192): mean activations of two stages of a random but fixed ResNet-18.
-
-    Random embeddings say more than ImageNet's where pictures look unlike ImageNet (Naeem et al. 2020, arXiv
-    2002.09797). Two stages, since FID of blurred pills is then 14 times that of two real sets, with all four
-    twice. BatchNorm stays an identity: activations keep in range without it.
-    """
-
-    def __init__(self, device="cpu"):
-        with torch.random.fork_rng(devices=[]):                # the caller's random numbers stay as they were
-            torch.default_generator.manual_seed(0)
-            net = models.resnet18()
-        stages = [nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1), net.layer2]
-        self.device, self.stages = device, nn.ModuleList(stages).eval().to(device)
-
-    @torch.no_grad()
-    def __call__(self, images):
-        rows = []
-        for x in images.split(16):
-            x, means = x.to(self.device).float().expand(-1, 3, -1, -1) / 127.5 - 1, []
-            for stage in self.stages:
-                x = stage(x)
-                means.append(x.mean((2, 3)))
-            rows.append(torch.cat(means, 1).cpu())
-        return torch.cat(rows)
-
-
-def kid(a, b):
-    """Kernel distance: unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018, arXiv
-    1801.01401).
-
-    0 on average for sets of one distribution, at any N and M, so also below 0; nan for a single image.
-    """
-    def kernel(x, y):
-        return (x.double() @ y.double().T / x.shape[1] + 1) ** 3
-
-    def within(x):
-        k = kernel(x, x)
-        return (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
-    return (within(a) + within(b) - 2 * kernel(a, b).mean()).item()
-
-
-def coverage_density(real, fake, k=5):
-    """(coverage, density) (Naeem et al. 2020, arXiv 2002.09797). The ball of a real image reaches to its k-th
-    nearest other, or to the last; its rim is outside, as in the released code.
-
-    coverage: share of real images with a fake one in their ball, 0 to 1. density: number of balls that a fake
-    image lies in, over k: about 1 for real ones, more where fakes crowd in dense places, 0 far away.
-    """
-    def apart(x, y):
-        return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")       # exact: ties stay ties
-    k = min(k, len(real) - 1)
-    radius = apart(real, real).kthvalue(k + 1).values                               # + 1: the image itself
-    inside = apart(real, fake) < radius[:, None]                                    # (N, M)
-    return inside.any(1).double().mean().item(), (inside.double().sum(0).mean() / k).item()
-
-
-def intra_cluster_diversity(generated, training):
-    """Mean distance between generated images that share their nearest training image, averaged over those;
-    nan without such. The recipe of intra-cluster LPIPS (Ojha et al. 2021, arXiv 2104.06820) on our features.
-    """
-    nearest = torch.cdist(generated, training).argmin(1)
-    clusters = [generated[nearest == i] for i in nearest.unique() if (nearest == i).sum() > 1]
-    return torch.stack([F.pdist(c).mean() for c in clusters]).mean().item() if clusters else math.nan
-
-
-def defect_crops(images, masks, side):
-    """Squares (K, C, side, side) around the centre of all defect pixels, of the images that have any."""
-    crops, size = [], masks.shape[1:]
-    for image, mask in zip(images, masks):
-        if mask.any():
-            middle = [(v.min() + v.max() + 1).item() // 2 for v in mask.nonzero(as_tuple=True)]
-            top, left = (min(max(0, m - side // 2), n - side) for m, n in zip(middle, size))
-            crops.append(image[:, top:top + side, left:left + side])
-    return torch.stack(crops) if crops else images.new_zeros(0, images.shape[1], side, side)
-
-
-def measure_all(images, masks, seen_masks, training, reference, features):
-    """evaluate.measure and the measures above, of one set; training and reference are (images, masks)."""
-    fake, real, seen = features(images), features(reference[0]), features(training[0])
-    coverage, density = coverage_density(real, fake)
-    side = min(images.shape[2:]) // 4
-    crops = [defect_crops(*pairs, side) for pairs in ((images, masks), training, reference)]
-    return {**measure(images, masks, seen_masks, training[0], reference[0]),
-            "1000 KID": 1000 * kid(fake, real), "coverage %": 100 * coverage, "density": density,
-            "diversity": intra_cluster_diversity(fake, seen),
-            "defect novelty": novelty(*crops).median().item() if len(crops[0]) else math.nan}
 
 
 # --- one run ---
@@ -198,20 +103,20 @@ def score_run(folder, quick):
         return read_json(path)
     flags = ["--run", str(folder), "--seeds", "3", "--steps", "150", *(["--quick"] if quick else [])]
     run, how = evaluate.Run(evaluate.parse_args(flags)), read_json(folder / "samples" / "config.json")
-    _, training, reference, others = evaluate.real_sets(run)
+    train_pairs = tuple(part[run.train.defective()] for part in run.real)
+    training, parts, results = variants(*train_pairs, run.config["augment"]), run.args.seeds, {}
     sets = draw_sets(run, how, range(min(64, len(run.generated[0]))))
     newest = max(step for step, _ in sets)
-    sets = {(newest, "other real images"): others, **sets}
-    every = torch.cat([images for images, _ in sets.values()])
-    seen = run.predict(INSPECTOR, "real", 0, every, 2 * run.args.steps)
-    seen = seen.split([len(masks) for _, masks in sets.values()])
-    groups = max(1, min(run.args.seeds, len(run.generated[0]) // 8, len(others[0])))
-    features, results = Features(run.device), {}
-    for (step, name), seen_masks in zip(sets, seen):
-        images, masks = sets[step, name]
-        parts = [measure_all(images[i::groups], masks[i::groups], seen_masks[i::groups], training, reference,
-                             features) for i in range(groups)]
-        results.setdefault(str(step), {})[name] = {key: [part[key] for part in parts] for key in parts[0]}
+    for part in range(parts):
+        reference, others = (tuple(pixels[half] for pixels in run.scored) for half in halves(run.test, part))
+        count = min(len(others[0]), len(run.generated[0]) // parts)
+        judged = run.segmenter(INSPECTOR, reference, len(run.classes), part, 2 * run.args.steps)
+        here = {key: tuple(pixels[part * count:(part + 1) * count] for pixels in pairs)
+                for key, pairs in sets.items()}
+        here = {(newest, "other real images"): tuple(pixels[:count] for pixels in others), **here}
+        for (step, name), pairs in here.items():
+            for key, value in measure(pairs, judged(pairs[0]), training, reference).items():
+                results.setdefault(str(step), {}).setdefault(name, {}).setdefault(key, []).append(value)
     write_json(path, results)
     return read_json(path)
 
@@ -220,7 +125,7 @@ def score_run(folder, quick):
 
 def show(results):
     """The published tables: by switch, steps, number of images, depth, and way of training `small`."""
-    columns = ["copies %", "novelty", "defect novelty", "shape", "patch distance", "coverage %", "mask fit %"]
+    columns = ["copies %", "novelty", "defect novelty", "shape", "patch distance", "mask fit %"]
     ends, both = ("large only", name_of(SWITCH_T), "small only"), (name_of(SWITCH_T), "small only")
     pills = [steps for name, steps in results.items() if name != "tile"]
     equal = max(set.intersection(*map(set, pills)), key=int)        # the most steps that all pills have

@@ -14,7 +14,7 @@ from datasets import write_classes, write_pair
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--size", "16", "16", "--steps", "4", "--batch-size", "2", "--save-every", "2", "--device", "cpu",
-        "--no-bf16"]
+        "--no-bf16", "--t-range", "own", "--no-soft-masks"]         # one size for both: the paper's hand-over
 torch.set_num_threads(1)            # small tensors: more threads only wait for each other
 
 

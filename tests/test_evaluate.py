@@ -12,9 +12,9 @@ import evaluate
 import sample
 import train
 from conftest import TINY, picture
-from datasets import augment
-from evaluate import (laplacian_pyramid, mask_fit, measure, novelty, shape_distance, sliced_wasserstein,
-                      spread, variants, wasserstein)
+from datasets import augment, open_dataset
+from evaluate import (defect_crops, halves, laplacian_pyramid, mask_fit, measure, novelty, shape_distance,
+                      sliced_wasserstein, spread, variants, wasserstein)
 
 RANDOM = torch.Generator().manual_seed(5)
 PICTURES = F.interpolate(torch.randint(0, 256, (12, 3, 6, 6), generator=RANDOM).float(),
@@ -131,10 +131,30 @@ def test_grain_is_the_difference_of_neighbours_each_way():
 def test_a_copier_is_exposed_and_held_out_pictures_are_not():
     training, reference, others = PICTURES[:4], PICTURES[4:8], PICTURES[8:]
     masks = torch.ones(4, 24, 24, dtype=torch.uint8)
-    copies, new = (measure(images, masks, masks, training, reference) for images in (training, others))
-    assert copies["copies %"] == 100 and copies["novelty"] == 0 and new["copies %"] == 0
-    same = measure(reference, masks, masks, training, reference)
+    copies, new, same = (measure((images, masks), masks, (training, masks), (reference, masks))
+                         for images in (training, others, reference))
+    assert copies["copies %"] == 100 and copies["novelty"] == copies["defect novelty"] == 0
+    assert new["copies %"] == 0 and new["defect novelty"] > 0.5
     assert copies["mask fit %"] == 100 and same["patch distance"] == 0
+
+
+def test_defect_crops_look_at_the_largest_defect_and_stay_inside():
+    masks = torch.zeros(3, 24, 24, dtype=torch.uint8)
+    masks[0, 2:6, 3:9], masks[0, 20, 20] = 1, 2                     # its middle is 4, 6
+    masks[2, 22:, 23] = 1                                           # masks[1] has none
+    crops = defect_crops(PICTURES[:3], masks, 6)
+    assert torch.equal(crops, torch.stack([PICTURES[0, :, 1:7, 3:9], PICTURES[2, :, 18:, 18:]]))
+    assert defect_crops(PICTURES[:1], masks[1:2], 6).shape == (0, 3, 6, 6)
+
+
+def test_halves_hold_half_of_each_kind_whatever_the_order_of_the_images(data):
+    whole = open_dataset(str(data))
+    turned = whole.subset(range(len(whole) - 1, -1, -1))
+    names = [[{part.samples[i].name for i in half} for half in halves(part, seed)]
+             for part, seed in ((whole, 0), (turned, 0), (whole, 1))]
+    assert names[0] == names[1] != names[2]
+    for half in names[0]:
+        assert sorted(name.split("/")[0] for name in half) == ["crack"] * 4 + ["dirt"] * 4
 
 
 def test_spread_is_the_sample_standard_deviation():
@@ -239,7 +259,7 @@ def own_standard(folder):
 @pytest.mark.parametrize("flags, message", [
     (["generations"], "unknown experiment generations"), (["--split", "val"], "no split 'val'"),
     (["--seeds", "0"], "at least 1"), (["--arch", "unet"], "no architecture .unet."),
-    (["--split", "train"], "shares 15 images with the training split"),
+    (["--split", "train"], "shares 8 images with the training split, crack/000 among them"),
     (["--data", "drawn:pill"], "has the classes .* but .* was trained with background, crack"),
     (["inspection", "--standard", "nowhere.json"], "no standard .*nowhere.json")])
 def test_bad_flags_are_one_sentence(sampled, flags, message):

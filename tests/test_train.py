@@ -295,10 +295,8 @@ def test_a_finished_run_is_not_overwritten_and_other_settings_are_named(trained,
     flags = ["--stage", "large", "--data", data, "--out", copy, *TINY]
     with pytest.raises(ValueError, match="large holds checkpoints: --resume continues them, another --out"):
         go(*flags)
-    with pytest.raises(ValueError, match="cannot resume with other settings: .*seed was 0 and is 1"):
-        go(*flags, "--resume", "--lr", 0.5, "--seed", 1)
-    with pytest.raises(ValueError, match="lr was 0.001 and is 0.5"):
-        go(*flags, "--resume", "--lr", 0.5, "--save-every", 9, "--keep", 9, "--steps", 9)
+    with pytest.raises(ValueError, match="cannot resume with other settings: seed was 0 and is 1$"):
+        go(*flags, "--resume", "--lr", 0.5, "--seed", 1, "--save-every", 9, "--keep", 9, "--steps", 9)
     go(*flags, "--resume")
     assert "has 4 steps already; raise --steps" in capsys.readouterr().out
     assert (copy / "large/step_000004.pt").read_bytes() == before
