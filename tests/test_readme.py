@@ -115,6 +115,6 @@ def test_training_starts_without_torchvision():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-def test_errors_reach_the_user_as_one_sentence():
-    result = run("train.py", "--stage", "large", "--data", "nowhere")
+def test_errors_reach_the_user_as_one_sentence(tmp_path):
+    result = run("train.py", "--stage", "large", "--data", "nowhere", "--out", tmp_path)
     assert result.returncode == 1 and "no such folder" in result.stderr and "Traceback" not in result.stderr

@@ -284,7 +284,7 @@ def test_only_good_products_cannot_be_trained_on(tmp_path):
 
 
 def test_errors_reach_the_user_without_a_traceback(tmp_path):
-    result = run("train.py", "--stage", "large", "--data", tmp_path / "nowhere")
+    result = run("train.py", "--stage", "large", "--data", tmp_path / "nowhere", "--out", tmp_path / "run")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert result.stderr.startswith("error: ") and "no such folder" in result.stderr
 
