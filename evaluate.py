@@ -277,6 +277,30 @@ def halves(dataset, seed):
     return ordered[::2], ordered[1::2]
 
 
+def compare(run, training, sets, progress):
+    """{set name: [what measure() says of each part]}, as many other real images first.
+
+    training: pairs with variants. sets: {name: (images, masks)}, each of --seeds pairs at least. Each of
+    --seeds parts takes other pairs of a set, and other halves of the held-out images.
+    """
+    steps, parts = 2 * run.args.steps, run.args.seeds
+    numbers = {name: [] for name in ("other real images", *sets)}
+    for part in range(parts):
+        reference, others = (tuple(pixels[half] for pixels in run.scored) for half in halves(run.test, part))
+        count = min(len(others[0]), *(len(images) // parts for images, _ in sets.values()))
+        apart = [i * len(others[0]) // count for i in range(count)]         # of every kind its share
+        drawn = slice(part * count, (part + 1) * count)
+        here = [tuple(pixels[apart] for pixels in others),
+                *(tuple(pixels[drawn] for pixels in pairs) for pairs in sets.values())]
+        judged = len(reference[0]) >= JUDGE_NEEDS
+        if judged:
+            judge_masks = run.segmenter(INSPECTOR, reference, len(run.classes), part, steps)
+        for values, pairs in zip(numbers.values(), here):
+            values.append(measure(pairs, judge_masks(pairs[0]) if judged else None, training, reference))
+        progress(f"part {part + 1} of {parts}, masks judged by {INSPECTOR} after {steps} steps")
+    return numbers
+
+
 def generation(run, progress):
     """Generated pairs beside held-out real ones: how far apart, what is copied, what the masks hold."""
     train = tuple(part[run.train.defective()] for part in run.real)
@@ -286,19 +310,7 @@ def generation(run, progress):
     if len(test[0]) < 4 or not count:
         return not_run("Generation", f"{len(test[0])} held-out images have a defect and there are "
                        f"{len(run.generated[0])} pairs; it takes 4, and {parts} (--seeds)")
-    numbers = {"other real images": [], "generated": []}
-    for part in range(parts):
-        reference, others = (tuple(pixels[half] for pixels in run.scored) for half in halves(run.test, part))
-        apart = [i * len(others[0]) // count for i in range(count)]         # of every kind its share
-        sets = [tuple(pixels[apart] for pixels in others),
-                tuple(pixels[part * count:(part + 1) * count] for pixels in run.generated)]
-        seen = [None, None]
-        if len(reference[0]) >= JUDGE_NEEDS:
-            judge_masks = run.segmenter(INSPECTOR, reference, len(run.classes), part, steps)
-            seen = [judge_masks(images) for images, _ in sets]
-        for values, pairs, masks in zip(numbers.values(), sets, seen):
-            values.append(measure(pairs, masks, training, reference))
-        progress(f"part {part + 1} of {parts}, masks judged by {INSPECTOR} after {steps} steps")
+    numbers = compare(run, training, {"generated": run.generated}, progress)
     names = list(numbers["generated"][0])
     rows = [[name, *(spread([values[name] for values in sets], 2) for sets in numbers.values())]
             for name in names]

@@ -21,7 +21,7 @@ import train
 from data.drawn import DRAWN, draw, drawn_kind
 from datasets import PALETTE, run_main, write_classes, write_image, write_json, write_pair
 from defect_gen import SWITCH_T, DefectGen, checkpoints
-from evaluate import INSPECTOR, halves, measure, print_table, spread, variants
+from evaluate import compare, print_table, spread, variants
 from inspect_rules import read_json
 
 PILL = ["--size", "32", "32", "--batch-size", "16", "--no-soft-masks"]
@@ -104,19 +104,13 @@ def score_run(folder, quick):
     flags = ["--run", str(folder), "--seeds", "3", "--steps", "150", *(["--quick"] if quick else [])]
     run, how = evaluate.Run(evaluate.parse_args(flags)), read_json(folder / "samples" / "config.json")
     train_pairs = tuple(part[run.train.defective()] for part in run.real)
-    training, parts, results = variants(*train_pairs, run.config["augment"]), run.args.seeds, {}
     sets = draw_sets(run, how, range(min(64, len(run.generated[0]))))
-    newest = max(step for step, _ in sets)
-    for part in range(parts):
-        reference, others = (tuple(pixels[half] for pixels in run.scored) for half in halves(run.test, part))
-        count = min(len(others[0]), len(run.generated[0]) // parts)
-        judged = run.segmenter(INSPECTOR, reference, len(run.classes), part, 2 * run.args.steps)
-        here = {key: tuple(pixels[part * count:(part + 1) * count] for pixels in pairs)
-                for key, pairs in sets.items()}
-        here = {(newest, "other real images"): tuple(pixels[:count] for pixels in others), **here}
-        for (step, name), pairs in here.items():
-            for key, value in measure(pairs, judged(pairs[0]), training, reference).items():
-                results.setdefault(str(step), {}).setdefault(name, {}).setdefault(key, []).append(value)
+    numbers = compare(run, variants(*train_pairs, run.config["augment"]), sets, print)
+    newest, results = max(step for step, _ in sets), {}
+    for key, parts in numbers.items():
+        step, name = key if key in sets else (newest, key)              # other real images are of no step
+        values = {column: [part[column] for part in parts] for column in parts[0]}
+        results.setdefault(str(step), {})[name] = values
     write_json(path, results)
     return read_json(path)
 

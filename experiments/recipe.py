@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from datasets import open_dataset, overlay, run_main, sheet, write_image, write_json
+from datasets import augment, open_dataset, overlay, run_main, sheet, write_image, write_json
 from defect_gen import SWITCH_T, Joint, enlarge, image_statistics
 from diffusion import (noise_for, q_sample, rng, sample, schedule, time_weights, timesteps, to_x_start,
                        training_loss)
-from evaluate import COPY_BELOW, grain, mask_fit, novelty, print_table, sliced_wasserstein, spread
+from evaluate import (COPY_BELOW, grain, mask_fit, novelty, print_table, sliced_wasserstein, spread,
+                      variants)
 from inspect_rules import read_json
 from segment import build, fit, predict
 from train import window
@@ -75,7 +76,7 @@ class Photos:
         """{measure: number} of pictures; grain and defects as a share of the real ones'."""
         real_images, real_masks = self.reference
         ratios = [a / b for a, b in zip(grain(images), grain(real_images))]
-        known = torch.cat([self.images, self.images.flip(-1), self.images.flip(-2), self.images.flip(-1, -2)])
+        known = variants(self.images, self.masks, ["flip"])[0]
         small_images, small_masks = shrink(images, masks)
         values = (*ratios, sum(sliced_wasserstein(images, real_images)) / 3,
                   100 * (masks == 0).flatten(1).all(1).double().mean().item(),
@@ -104,8 +105,7 @@ def draw_batch(photos, how, random):
     pairs = []
     for image, mask in zip(images[index], masks[index]):
         if how["flip"]:
-            axes = [axis for axis in (-1, -2) if torch.rand(1, generator=random) < 0.5]
-            image, mask = image.flip(axes), mask.flip(axes)
+            image, mask = augment(image, mask, ["flip"], random)
         if how["crop"]:
             rows, columns = window(mask, how["crop"], how["share"], random)
             image, mask = image[:, rows, columns], mask[rows, columns]
