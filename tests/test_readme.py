@@ -67,7 +67,7 @@ def test_every_command_of_the_pages_runs(workplace):
         # something was rejected, or two steps of training drew nothing that was asked for
         may_fail = script == "inspect_rules.py" or "--defect" in words
         if status not in ((0, 1) if may_fail else (0,)) or "Traceback" in output:
-            failures.append(f"{line}\n{output[-1500:]}")
+            failures.append(f"{line}\n{output[-6000:]}")
     assert not failures, "\n\n".join(failures)
 
 
