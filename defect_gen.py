@@ -27,6 +27,7 @@ from diffusion import noise_for, q_sample, sample, schedule, timesteps, to_x_sta
 from unet import UNet, receptive_field
 
 STAGES = ("large", "small")
+NUM_STEPS = 40      # of sampling: 97 % of the defects that 1 % of photos have still come, at 20 steps 84 %
 SWITCH_T = 400      # the released script's value; the paper's own u is reported ambiguously (50 in one place)
 IMAGE_STD = 0.7     # of the standardised image channels, close to that of masks, whose values are -1 and 1
 TILE = 512          # px; a small network that sees patches goes over larger pictures piece by piece
@@ -202,7 +203,7 @@ class DefectGen:
             raise FileNotFoundError(f"--run {run}: no such folder; train first: "
                                     f"python train.py --stage large --out {run}")
         large, small = (load_stage(Path(run) / stage, stage, step) for stage in STAGES)
-        for key in ("images", "classes", "channels", "statistics", "T", "target"):
+        for key in ("images", "classes", "channels", "augment", "statistics", "T", "target"):
             ours, theirs = large["config"][key], small["config"][key]
             if ours != theirs:
                 values = "" if key in ("images", "statistics") else f" ({ours} and {theirs})"
@@ -232,8 +233,8 @@ class DefectGen:
                                  f"--t-range full")
         return steps
 
-    def sample(self, seeds, num_steps=20, sampler="dpm++", spacing="logsnr", switch_t=SWITCH_T, size=None,
-               batch_size=16, on_step=None):
+    def sample(self, seeds, num_steps=NUM_STEPS, sampler="dpm++", spacing="logsnr", switch_t=SWITCH_T,
+               size=None, batch_size=16, on_step=None):
         """Draw one pair per seed. A pair is a function of its seed, not of the batch it is drawn in.
 
         Args:

@@ -414,8 +414,8 @@ def inspection(run, progress):
         tp, fn, fp, tn = (sum(rates[key] for rates in seeds) for key in ("tp", "fn", "fp", "tn"))
         cells = []
         for rate, hits, trials in (("recall", tp, tp + fn), ("fpr", fp, fp + tn)):
-            cells += [spread([100 * r[rate] for r in seeds], 1), "{:.0f} to {:.0f}".format(
-                *(100 * v for v in wilson_interval(hits, trials)))] if trials else ["–", "–"]
+            cells += [spread([100 * r[rate] for r in seeds], 1) if trials else "–",
+                      interval(hits, trials, args.seeds)]
         rows.append([way, *cells, tp, fn, fp, tn])
     rules = "; ".join(rule.name for rule in standard.rules)
     return {"title": "Inspection", "figures": [], "numbers": numbers,
@@ -425,8 +425,8 @@ def inspection(run, progress):
             "text": [f"Standard {standard.name}: {rules}; any other defect: {standard.unnamed}. Truth: exact "
                      f"masks at native size; {truth.count('reject')} of {len(truth)} scoring images are to "
                      f"be rejected. Segmenters: {INSPECTOR}, {args.steps} steps, {args.seeds} seeds. Older "
-                     f"masks: {run.original[1]}. Intervals (Wilson) take verdicts as independent, but each "
-                     "image comes back with each seed: they are too narrow for new products."]}
+                     f"masks: {run.original[1]}. ± is the deviation over seeds; intervals (Wilson) are for "
+                     "new images: one that comes back with each seed counts once."]}
 
 
 EXPERIMENTS = {"generation": generation, "segmentation": segmentation, "inspection": inspection}
@@ -440,6 +440,16 @@ def spread(values, digits):
         return "–"
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def interval(hits, trials, seeds):
+    """'70.6 to 81.9': 95 % interval of a rate in %, for new images; hits and trials are those of all seeds.
+
+    The seeds judge the same images, much alike: an image is one trial, and a hit by the share of its seeds.
+    """
+    if not trials:
+        return "–"
+    return "{:.1f} to {:.1f}".format(*(100 * end for end in wilson_interval(hits / seeds, trials / seeds)))
 
 
 def print_table(table):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from datasets import (open_dataset, overlay, pair_paths, pick_device, run_main, sheet, write_classes,
                       write_image, write_json, write_pair)
-from defect_gen import SWITCH_T, DefectGen
+from defect_gen import NUM_STEPS, SWITCH_T, DefectGen
 from diffusion import METHODS, SPACINGS
 from inspect_rules import read_json
 from unet import check_size
@@ -43,8 +43,9 @@ def parse_args(argv=None):
     parser.add_argument("--run", default="runs/demo", help="folder with both stages (default: %(default)s)")
     parser.add_argument("--count", type=int, default=64, help="how many pairs (default: %(default)s)")
     parser.add_argument("--seeds", help="draw these seeds, like 0-63 or 1,5,10-20 (default: 0, 1, 2, ...)")
-    parser.add_argument("--num-steps", type=int, default=20, help="timesteps from noise to picture; with "
-                        "two sizes the small network visits its own again (default: %(default)s)")
+    parser.add_argument("--num-steps", type=int, default=NUM_STEPS, help="timesteps from noise to picture: "
+                        "with few, rare defects come too rarely; with two sizes the small network visits its "
+                        "own again (default: %(default)s)")
     parser.add_argument("--sampler", default="dpm++", choices=METHODS, help="default: %(default)s")
     parser.add_argument("--spacing", default="logsnr", choices=SPACINGS, help="default: %(default)s")
     parser.add_argument("--switch-t", type=int, default=SWITCH_T, help="the large network owns t >= this; 0: "

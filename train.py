@@ -427,7 +427,7 @@ def main():
         args = parse_args()
         status = train(args) if args.stage else show_plan(args)
     if dist.is_initialized():                                   # not after an error: the others may be lost
-        dist.barrier()                      # no process ends while another writes, or gloo still holds tensors
+        dist.barrier()                      # none ends while another writes, or while gloo holds tensors
         dist.destroy_process_group()
     return status
 

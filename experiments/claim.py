@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 import evaluate
 import sample
 import train
-from data.drawn import DRAWN, draw, drawn_kind
+from data.drawn import DRAWN, draw
 from datasets import PALETTE, run_main, write_classes, write_image, write_json, write_pair
 from defect_gen import SWITCH_T, DefectGen, checkpoints
 from evaluate import compare, print_table, spread, variants
@@ -37,13 +37,15 @@ SWITCHES = 0, 100, 200, 400, 600, 800, 1000     # 0: the large network alone, 10
 # --- one run ---
 
 def write_pills(folder, count=300, side=32, drawn_at=44):
-    """Drawn pills cut out so that defects are large; splits of 5, 25 and 100, the others to score on."""
+    """Drawn pills cut out so that defects are large; splits of 5, 25 and 100, the others to score on.
+
+    Each has a defect inside the cut, for only such images train: 25 are 25.
+    """
     names, index, edge = [], 0, (drawn_at - side) // 2
     cut = slice(edge, edge + side), slice(edge, edge + side)
     while len(names) < count:
-        kind = drawn_kind("pill", index)
-        if kind != "good":
-            image, mask, *_ = draw("pill", 1, index, (drawn_at, drawn_at))
+        image, mask, _, kind, _ = draw("pill", 1, index, (drawn_at, drawn_at))
+        if mask[cut].any():
             name = f"{len(names):03d}"
             write_pair(folder, name, torch.from_numpy(image[cut]).permute(2, 0, 1), mask[cut], kind)
             names.append(f"{kind}/{name}")

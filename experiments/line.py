@@ -1,13 +1,15 @@
 """The paper's simulated production line: what are labels worth when products are judged by what is seen?
 
     python -m experiments.line --run runs/pill --run runs/zipper --run runs/wood --seeds 3 --steps 200
-    python -m experiments.line --data drawn:wood        what resolution alone costs; needs no run
+    python -m experiments.line --data drawn:wood        exact masks, resized and judged; needs no run
 
 Each scoring image of a run is a product, and the standard's verdict on its exact mask at native size is the
 truth. In the line stands the segmenter of evaluate.py's inspection; its masks are judged in one of four WAYS:
 
     original: any defect            labels of one class: whatever is predicted rejects
     original: best area             the same masks: an area of a limit or more, chosen on the training images
+                                    with the verdicts of their exact masks, which a factory without exact
+                                    labels has not: it is the best that such labels could do
     spectrum: standard              a class for each pixel: the written standard decides
     spectrum + generated: standard  the same, trained on generated pairs too
 
@@ -181,27 +183,6 @@ def simulate(run, standard, pictures):
 
 # --- rates ---
 
-def lower_limit(hits, trials, tail=0.025):
-    """The rate at which `hits` or more of `trials` have the probability `tail`, by bisection."""
-    if hits == 0:
-        return 0.0
-    k = np.arange(hits, trials + 1)
-    ways = math.lgamma(trials + 1) - np.array([math.lgamma(i + 1) + math.lgamma(trials - i + 1) for i in k])
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        rate = (low + high) / 2
-        more = np.exp(ways + k * math.log(rate) + (trials - k) * math.log1p(-rate)).sum()
-        low, high = (rate, high) if more < tail else (low, rate)
-    return low
-
-
-def binomial_interval(hits, trials):
-    """Exact 95 % interval (low, high) of a rate (Clopper & Pearson 1934); of no trials nan."""
-    if trials == 0:
-        return math.nan, math.nan
-    return lower_limit(hits, trials), 1 - lower_limit(trials - hits, trials)
-
-
 def select(records, **wanted):
     return [record for record in records if all(record[key] == value for key, value in wanted.items())]
 
@@ -223,11 +204,6 @@ def percent(rates, name):
     return evaluate.spread([100 * each[name] for each in rates], 1)
 
 
-def interval(hits, trials):
-    low, high = binomial_interval(hits, trials)
-    return f"{100 * low:.1f} to {100 * high:.1f}"
-
-
 # --- tables: {"caption", "head", "rows"} ---
 
 def verdict_table(products):
@@ -238,7 +214,8 @@ def verdict_table(products):
         for way in WAYS:
             seeds = by_seed(select(records, way=way, level=0))
             n = together(seeds)
-            recall, alarms = interval(n["tp"], n["tp"] + n["fn"]), interval(n["fp"], n["fp"] + n["tn"])
+            recall = evaluate.interval(n["tp"], n["tp"] + n["fn"], len(seeds))
+            alarms = evaluate.interval(n["fp"], n["fp"] + n["tn"], len(seeds))
             counts = [n[key] for key in COUNTS]
             rows.append([name, way, percent(seeds, "recall"), recall, percent(seeds, "fpr"), alarms, *counts])
     for way in WAYS:
@@ -246,14 +223,14 @@ def verdict_table(products):
         means = [{rate: sum(n[rate] for n in of_seed) / len(products) for rate in ("recall", "fpr")}
                  for of_seed in zip(*by_product)]
         rows.append(["mean of products", way, percent(means, "recall"), "", percent(means, "fpr"), *[""] * 5])
-    return {"caption": "Verdicts; counts and exact 95 % intervals are those of all seeds", "rows": rows,
+    return {"caption": "Verdicts; counts are those of all seeds, 95 % intervals for new images", "rows": rows,
             "head": ["product", "labels: rule", "recall %", "", "false alarms %", "", *COUNTS]}
 
 
 def resolution_table(products):
     rows = [[product.name, size, len(product.truths), n["fn"], n["fp"]]
             for product in products for size, n in product.resized.items()]
-    return {"caption": "What resolution costs: exact masks resized (nearest) and judged", "rows": rows,
+    return {"caption": "Exact masks resized (nearest) and judged", "rows": rows,
             "head": ["product", "size", "images", "misses", "false alarms"]}
 
 
@@ -285,7 +262,7 @@ def working_point_table(products):
 def parse_args(argv=None):
     """Our flags, and those of evaluate.py, with which it opens each run."""
     parser = argparse.ArgumentParser(
-        description="The simulated line; without --run: what resolution costs the masks of --data.",
+        description="The simulated line; without --run: the exact masks of --data resized and judged.",
         epilog="Takes --data --split --original --seeds --steps --backbone-weights --device --quick as well: "
                "see python evaluate.py --help.", allow_abbrev=False)
     parser.add_argument("--run", action="append", default=[], help="with pairs in RUN/samples; repeatable")

@@ -7,8 +7,8 @@ import torch
 import defect_gen
 from conftest import picture
 from datasets import open_dataset
-from defect_gen import (IMAGE_STD, DefectGen, Joint, checkpoints, enlarge, exact_denoiser, image_statistics,
-                        in_tiles, load_stage, save_stage, switched)
+from defect_gen import (IMAGE_STD, NUM_STEPS, DefectGen, Joint, checkpoints, enlarge, exact_denoiser,
+                        image_statistics, in_tiles, load_stage, save_stage, switched)
 from diffusion import logsnr, noise_for, q_sample, sample, schedule, timesteps
 from unet import UNet
 
@@ -137,7 +137,7 @@ def relay(trained, tmp_path):
 
 
 def test_a_plan_is_drawn_to_its_end_enlarged_and_noised_to_the_first_step_of_small(relay):
-    generator, steps, seen = DefectGen.load(relay), timesteps(1000, 20), []
+    generator, steps, seen = DefectGen.load(relay), timesteps(1000, NUM_STEPS), []
     images, masks = generator.sample([3], on_step=lambda t, x_t, pred: seen.append((t, *x_t.shape[2:])))
     below = [t for t in steps if t < 400]
     assert seen == [(t, 8, 8) for t in steps] + [(t, 16, 16) for t in below]
@@ -240,7 +240,7 @@ def test_averages_are_loaded_strictly(copy):
 
 @pytest.mark.parametrize("key, value", [("images", ["crack/007"]), ("classes", ["background", "b", "c"]),
                                         ("channels", 1), ("statistics", {"mean": [0] * 3, "std": [1] * 3}),
-                                        ("T", 500), ("target", "x0")])
+                                        ("augment", ["flip"]), ("T", 500), ("target", "x0")])
 def test_stages_that_do_not_fit_together_are_refused(copy, key, value):
     edit(copy, "small", lambda checkpoint: checkpoint["config"].update({key: value}))
     with pytest.raises(ValueError, match=f"run: the stages differ in {key}.*; train one of them again"):

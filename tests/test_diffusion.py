@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import diffusion
+from defect_gen import NUM_STEPS
 from diffusion import (METHODS, SPACINGS, TARGETS, ddim_step, logsnr, noise_for, q_sample, rng, sample,
                        schedule, timesteps)
 
@@ -304,3 +305,26 @@ def test_the_command_prints_where_the_switch_falls(monkeypatch, capsys):
     assert [row[3] for row in cells] == ["large"] * 3 + ["small"] * 2 and calls == "calls: large 3, small 2"
     a = float(cells[2][1])
     assert float(cells[2][2]) == pytest.approx(10 * math.log10(a / (1 - a)), abs=0.06)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.03, 0.01])
+@pytest.mark.parametrize("distance", [2, 8, 64])
+def test_rare_defects_come_as_often_as_they_should_at_the_default_steps(share, distance):
+    """Pictures without a defect, and `share` of them with one, so far away: the denoiser is exact.
+
+    Only the direction from one to the other counts, so the picture is one pixel, 0 or `distance`.
+    """
+    likely = math.log(share / (1 - share))
+
+    def denoise(x, t):
+        a = COSINE[t].item()
+        return distance * torch.sigmoid(likely + (a ** 0.5 * distance * x - a * distance ** 2 / 2) / (1 - a))
+
+    def drawn(num_steps):
+        upper = 1 - 5 * share * (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+        x_T = torch.special.ndtri(upper).view(-1, 1, 1, 1)          # the noise that ends nearest to it
+        pictures = sample(denoise, x_T, timesteps(1000, num_steps), COSINE)
+        return 5 * (pictures > distance / 2).double().mean().item()
+
+    assert 0.95 < drawn(NUM_STEPS) < 1.01 and drawn(1000) == pytest.approx(1, abs=0.01)
+    assert share > 0.01 or drawn(20) == pytest.approx(0.85, abs=0.02)

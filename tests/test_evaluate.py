@@ -2,6 +2,8 @@
 import json
 import math
 import shutil
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import evaluate
 import sample
 import train
 from conftest import TINY, picture
+from data.drawn import draw
 from datasets import augment, open_dataset
 from evaluate import (defect_crops, halves, laplacian_pyramid, mask_fit, measure, novelty, shape_distance,
                       sliced_wasserstein, spread, variants, wasserstein)
@@ -157,6 +160,19 @@ def test_halves_hold_half_of_each_kind_whatever_the_order_of_the_images(data):
         assert sorted(name.split("/")[0] for name in half) == ["crack"] * 4 + ["dirt"] * 4
 
 
+@pytest.mark.parametrize("alike", [0.0, 0.8, 1.0])
+def test_the_interval_covers_the_rate_for_new_images_however_alike_the_seeds_are(alike):
+    rng, rate, images, seeds, covered = np.random.default_rng(0), 0.8, 60, 3, 0
+    for _ in range(400):
+        own = rng.random((images, seeds)) < rate
+        same = rng.random((images, 1)) < alike                      # then all seeds judge as the first
+        hits = np.where(same, own[:, :1], own).sum()
+        low, high = (float(end) / 100 for end in evaluate.interval(hits, images * seeds, seeds).split(" to "))
+        covered += low <= rate <= high
+    assert covered >= 0.93 * 400
+    assert evaluate.interval(0, 0, 3) == "–"
+
+
 def test_spread_is_the_sample_standard_deviation():
     assert spread([50, 60, 70], 1) == "60.0 ± 10.0" and spread([50.0], 0) == "50"
     assert spread([1, math.nan], 1) == "–"
@@ -254,6 +270,30 @@ def own_standard(folder):
         json.dumps(
             {"object": "bolt", "native_size": "mask", "rules": [{"classes": ["crack"], "max_area_px": 0}]}))
     return path
+
+
+@pytest.mark.slow
+def test_a_perfect_generator_is_as_real_images_and_a_copier_is_exposed():
+    """Fresh pills, and training pills handed back, in the generator's place."""
+    size = (48, 48)
+    train, test = (open_dataset("drawn:pill", size, split) for split in ("train", "test"))
+    training = train.subset(train.defective()).tensors()
+    drawn = [draw("pill", 1, index, size) for index in range(180)]
+    fresh = [pair[:2] for pair in drawn if pair[3] != "good"]
+    images, masks = (torch.from_numpy(np.stack(part)) for part in zip(*fresh))
+    sets = {"fresh": (images.permute(0, 3, 1, 2).contiguous(), masks),
+            "copies": tuple(part.repeat(5, *[1] * (part.ndim - 1)) for part in training)}
+    run = SimpleNamespace(args=SimpleNamespace(steps=50, seeds=3, backbone_weights=None), test=test,
+                          scored=test.tensors(), classes=test.classes, device=torch.device("cpu"))
+    run.segmenter = partial(evaluate.Run.segmenter, run)
+    numbers = evaluate.compare(run, training, sets, print)
+    real, new, copied = ({name: np.array([part[name] for part in parts]) for name in parts[0]}
+                         for parts in numbers.values())
+    for name in real:
+        within = 3 * math.hypot(real[name].std(ddof=1), new[name].std(ddof=1))
+        assert abs(real[name].mean() - new[name].mean()) <= within, name
+    assert (copied["copies %"] == 100).all() and copied["defect novelty"].max() == 0
+    assert copied["mask fit %"].mean() <= real["mask fit %"].mean() + real["mask fit %"].std(ddof=1)
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -1,7 +1,6 @@
 """The simulated line counts as one does by hand; speed compares networks that compute the same."""
 import itertools
 import json
-import math
 import shutil
 from fractions import Fraction
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate
 import sample
 from datasets import open_dataset, write_classes, write_json, write_pair
 from experiments import line, speed
@@ -45,13 +45,6 @@ def test_no_other_limit_separates_better_and_of_equals_it_is_the_smallest(areas,
     assert line.best_limit(areas, truths) == min(t for t in (0, *areas, max(areas) + 1) if youden(t) == best)
 
 
-@pytest.mark.parametrize("hits, trials, low, high", [       # by R's binom.test, and without a bisection
-    (5, 10, 0.1870860, 0.8129140), (1, 10, 0.002528579, 0.445016117), (0, 7, 0, 1 - 0.025 ** (1 / 7)),
-    (300, 300, 0.025 ** (1 / 300), 1), (0, 0, math.nan, math.nan)])
-def test_intervals_are_the_exact_ones(hits, trials, low, high):
-    assert line.binomial_interval(hits, trials) == pytest.approx((low, high), rel=1e-6, nan_ok=True)
-
-
 @pytest.fixture
 def bolts(tmp_path):
     """Good; 3 px of dirt, benign; 4 px of it where halving loses them; a crack of 1 px where it does not."""
@@ -82,6 +75,7 @@ def test_rows_pool_counts_and_average_products(bolts):
             product.records.append(dict(way=way, seed=seed, level=0, tp=tp, fn=fn, fp=0, tn=2))
     rows = {row[0]: row[2:] for row in line.verdict_table([bolts, other])["rows"]}
     assert rows["bolt"][0] == "66.7 ± 47.1" and rows["bolt"][4:] == [4, 2, 0, 4]
+    assert rows["bolt"][1] == evaluate.interval(4, 6, seeds=2)      # of three images, two are found
     assert rows["all products, pooled"][0] == "75.0 ± 35.4"         # 2 of 4 and 4 of 4
     assert rows["mean of products"][0] == "83.3 ± 23.6"             # (1/3 + 1) / 2 and 1
 
@@ -101,7 +95,7 @@ def test_the_line_runs_from_a_run_to_tables_and_pictures(data, trained, tmp_path
     assert 0 < pictures.count("exact") == pictures.count("predicted")
     capsys.readouterr()
     line.line(*line.parse_args(["--data", str(data), *flags]))
-    assert "exact masks resized (nearest) and judged\n  product  size" in capsys.readouterr().out
+    assert "Exact masks resized (nearest) and judged\n  product  size" in capsys.readouterr().out
 
 
 # --- speed ---
