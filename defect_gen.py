@@ -45,6 +45,15 @@ def switched(large, small, switch_t):
     return denoise
 
 
+def with_known(denoise, x_start, known):
+    """A denoiser for a picture of which parts are known: x_start, where `known` (bool, same shape) is true.
+
+    It answers there with what they are, so a step leaves them at their noise level, and the network draws
+    the rest to fit: RePaint (Lugmayr et al. 2022, eq. 8), said by x_0. Its resampling is sample()'s repeats.
+    """
+    return lambda x_t, t: torch.where(known, x_start, denoise(x_t, t))
+
+
 class Joint:
     """Image and mask as the channels of one picture, and back.
 
@@ -95,6 +104,22 @@ def image_statistics(dataset):
 def enlarge(joint, size):
     """A plan (B, C + K, h, w) at `size`, bicubic: what it lacks there is finer than the noise it gets."""
     return F.interpolate(joint, size=size, mode="bicubic", align_corners=False)
+
+
+def shrink(x_start, known, size):
+    """The known parts of a picture as those of its plan: means of its pixels, known where all of them are."""
+    return F.adaptive_avg_pool2d(x_start, size), F.adaptive_max_pool2d((~known).float(), size) == 0
+
+
+def surroundings(drawn, net):
+    """[rows, columns] that hold all that a net sees which draws where `drawn` (H, W) is true."""
+    step, field, box = 2 ** net.depth, receptive_field(net), []
+    margin = math.ceil(field / 2) if net.config["norm"] == "local" and field < math.inf else max(drawn.shape)
+    for along in (drawn.any(1), drawn.any(0)):
+        at = along.nonzero()
+        first, last = max(0, at.min().item() - margin), min(len(along), at.max().item() + 1 + margin)
+        box.append(slice(first // step * step, math.ceil(last / step) * step))
+    return box
 
 
 def in_tiles(net, x_t, t):
@@ -233,6 +258,31 @@ class DefectGen:
                                  f"--t-range full")
         return steps
 
+    def paint(self, images, masks, regions, seeds, mask_given=True, num_steps=20, repeats=5, sampler="dpm++",
+              spacing="logsnr", switch_t=SWITCH_T):
+        """Draw into photos: what is outside a region is known, inside it the image is drawn to fit the mask.
+
+        A region of the whole picture makes an image for a mask. One pair at a time: the small network goes
+        over the region and what its pixels see alone.
+
+        Args:
+            images:  uint8 (N, C, H, W), of the run's size.
+            masks:   uint8 (N, H, W), how they shall be; inside the regions only if mask_given, else drawn.
+            regions: bool (N, H, W).
+            repeats: of each step, so that what is drawn agrees with what is known: see diffusion.sample.
+        Returns: images uint8 (N, C, H, W), unchanged outside the regions, and masks uint8 (N, H, W).
+        """
+        steps = self.timesteps(num_steps, spacing, switch_t)
+        painted = []
+        for image, mask, region, seed in zip(images, masks, regions, seeds):
+            x_start = self.joint.encode(image[None].to(self.device), mask[None].to(self.device))
+            drawn = torch.stack([region] * len(image) + [region & (not mask_given)] * len(self.classes))
+            known = x_start, ~drawn[None].to(self.device)
+            joint = self.draw([seed], steps, sampler, switch_t, self.size, known, repeats)
+            new_image, new_mask = (part[0].cpu() for part in self.joint.decode(joint))
+            painted.append((torch.where(region, new_image, image), torch.where(region, new_mask, mask)))
+        return tuple(map(torch.stack, zip(*painted)))
+
     def sample(self, seeds, num_steps=NUM_STEPS, sampler="dpm++", spacing="logsnr", switch_t=SWITCH_T,
                size=None, batch_size=16, on_step=None):
         """Draw one pair per seed. A pair is a function of its seed, not of the batch it is drawn in.
@@ -248,32 +298,41 @@ class DefectGen:
         steps = self.timesteps(num_steps, spacing, switch_t)
         images, masks = [], []
         for start in range(0, len(seeds), batch_size):
-            joint = self.draw(seeds[start:start + batch_size], steps, sampler, switch_t, size, on_step)
+            batch = seeds[start:start + batch_size]
+            joint = self.draw(batch, steps, sampler, switch_t, size, on_step=on_step)
             image, mask = self.joint.decode(joint)
             images.append(image.cpu())
             masks.append(mask.cpu())
         return torch.cat(images), torch.cat(masks)
 
-    def draw(self, seeds, steps, sampler, switch_t, size, on_step=None):
-        """One batch of joints (B, C + K, *size): see sample()."""
+    def draw(self, seeds, steps, sampler, switch_t, size, known=None, repeats=1, on_step=None):
+        """One batch of joints (B, C + K, *size): see sample(). known: (x_start, where), see with_known()."""
         large, small = self.denoiser(self.large), self.denoiser(self.small)
         channels = self.config["channels"] + len(self.classes)
 
-        def run(denoise, x, steps, noise):
-            return sample(denoise, x, steps, self.alphas_cumprod, sampler, noise, self.joint.limits, on_step)
+        def run(denoise, x, steps, noise, known):
+            denoise = denoise if known is None else with_known(denoise, *known)
+            return sample(denoise, x, steps, self.alphas_cumprod, sampler, noise, self.joint.limits, on_step,
+                          repeats)
 
         if self.plan_size == self.size:                             # the paper: one trajectory
             noise = noise_for(seeds, (channels, *size), self.device)
-            return run(switched(large, small, switch_t), noise(), steps, noise)
+            return run(switched(large, small, switch_t), noise(), steps, noise, known)
         step = 2 ** self.large.depth
         plan_size = [math.ceil(n * plan / own / step) * step
                      for n, plan, own in zip(size, self.plan_size, self.size)]
         noise = noise_for(seeds, (channels, *plan_size), self.device)
-        joint = enlarge(run(large, noise(), steps, noise), size)
+        joint = enlarge(run(large, noise(), steps, noise, known and shrink(*known, plan_size)), size)
+        box = [slice(None), slice(None)]
+        if known is not None:
+            joint = torch.where(known[1], known[0], joint)
+            box = surroundings(~known[1][0].all(0), self.small)
         steps = [t for t in steps if t < switch_t]
         if steps:
             noise = noise_for([~seed for seed in seeds], (channels, *size), self.device)    # not the plan's
-            joint = run(small, q_sample(joint, steps[0], noise(), self.alphas_cumprod), steps, noise)
+            x = q_sample(joint, steps[0], noise(), self.alphas_cumprod)[..., *box]
+            inside = known and [part[..., *box] for part in known]
+            joint[..., *box] = run(small, x, steps, lambda: noise()[..., *box], inside)
         return joint
 
 

@@ -191,7 +191,8 @@ def ddim_step(x_t, pred_x_start, t, t_prev, alphas_cumprod, eta=0.0, noise=None)
 
 
 @torch.inference_mode()
-def sample(denoise, x_T, timesteps, alphas_cumprod, method="dpm++", noise=None, limits=None, on_step=None):
+def sample(denoise, x_T, timesteps, alphas_cumprod, method="dpm++", noise=None, limits=None, on_step=None,
+           repeats=1):
     """Denoise x_T along one list of timesteps.
 
     ddim:  ddim_step with eta = 0.
@@ -205,16 +206,20 @@ def sample(denoise, x_T, timesteps, alphas_cumprod, method="dpm++", noise=None, 
         x_T:       (B, C, H, W) float ~ N(0, I).
         timesteps: ints, strictly decreasing, usually timesteps(T, num_steps); after the last one comes the
                    clean image.
-        noise:     for ddpm: callable that returns the next (B, C, H, W) draw, see noise_for.
+        noise:     for ddpm and repeats: callable that returns the next (B, C, H, W) draw, see noise_for.
         limits:    (low, high), tensors or numbers that each predicted x_0 is clamped to.
         on_step:   called as on_step(t, x_t, pred_x_start) after each call of denoise.
+        repeats:   each step is taken so often, and noised back between: where denoise knows parts of the
+                   picture, the others then agree with them (RePaint, Lugmayr et al. 2022, section 4.2).
     Returns: (B, C, H, W) x_0, dtype and device of x_T.
     """
     check_choice("sampler", method, METHODS)
     lambdas = (logsnr(alphas_cumprod) / 2).tolist()
 
     x, last = x_T, None                                         # last: (t, predicted x_0) of the step before
-    for t, t_prev in zip(timesteps, timesteps[1:] + [-1]):
+    taken = [(t, t_prev) for t, t_prev in zip(timesteps, timesteps[1:] + [-1])
+             for _ in range(repeats if t_prev >= 0 else 1)]
+    for (t, t_prev), then in zip(taken, taken[1:] + [None]):
         pred_x_start = denoise(x, t).to(x.dtype)
         if limits is not None:
             pred_x_start = pred_x_start.clamp(*limits)
@@ -228,7 +233,11 @@ def sample(denoise, x_T, timesteps, alphas_cumprod, method="dpm++", noise=None, 
             x = ddim_step(x, direction, t, t_prev, alphas_cumprod, eta=1.0, noise=noise())
         else:
             x = ddim_step(x, direction, t, t_prev, alphas_cumprod)
-        last = t, pred_x_start
+        if then != (t, t_prev):
+            last = t, pred_x_start
+        else:                                                       # back from t_prev to t
+            kept = alphas_cumprod[t].item() / alphas_cumprod[t_prev].item()
+            x = kept ** 0.5 * x + (1 - kept) ** 0.5 * noise()
     return x
 
 

@@ -8,8 +8,8 @@ import defect_gen
 from conftest import picture
 from datasets import open_dataset
 from defect_gen import (IMAGE_STD, NUM_STEPS, DefectGen, Joint, checkpoints, enlarge, exact_denoiser,
-                        image_statistics, in_tiles, load_stage, save_stage, switched)
-from diffusion import logsnr, noise_for, q_sample, sample, schedule, timesteps
+                        image_statistics, in_tiles, load_stage, save_stage, switched, with_known)
+from diffusion import logsnr, noise_for, q_sample, rng, sample, schedule, timesteps
 from unet import UNet
 
 
@@ -284,3 +284,56 @@ def test_a_saved_stage_is_loaded_bit_for_bit_and_steps_are_numbers(tmp_path):
     assert found == (1_000_000, config, net.config)
     for name, module in (("model", net), ("ema", ema)):
         assert all(torch.equal(loaded[name][key], value) for key, value in module.state_dict().items())
+
+
+# --- known parts ---
+
+def test_an_exact_denoiser_draws_the_picture_that_is_known_in_part():
+    """Of eight, by four columns of six at once; by one channel of three the more often the more repeats."""
+    table, steps = schedule(), timesteps(1000, 20)
+    pictures = torch.randn(8, 3, 6, 6, generator=rng(0)).clamp(-1, 1)
+    asked, exact = pictures.repeat(8, 1, 1, 1), exact_denoiser(pictures, table)
+
+    def found(part, repeats):
+        known = torch.zeros(64, 3, 6, 6, dtype=torch.bool)
+        known[part] = True
+        noise = noise_for(range(64), (3, 6, 6))
+        denoise = with_known(exact, asked, known)
+        drawn = sample(denoise, noise(), steps, table, "ddpm", noise, repeats=repeats)
+        return ((drawn - asked).abs().amax((1, 2, 3)) < 0.1).double().mean()
+    assert found((..., slice(4)), 1) == 1
+    assert found((slice(None), slice(2, None)), 1) < 0.6 and found((slice(None), slice(2, None)), 10) > 0.85
+
+
+@pytest.mark.parametrize("stages", ["trained", "relay"])            # of one size, of two
+def test_painting_changes_the_region_alone_and_a_region_of_everything_is_a_drawn_pair(stages, data, request):
+    generator = DefectGen.load(request.getfixturevalue(stages))
+    images, masks = open_dataset(data, (16, 16)).subset([0, 1]).tensors()
+    everything, region = torch.ones(2, 16, 16, dtype=torch.bool), torch.zeros(2, 16, 16, dtype=torch.bool)
+    drawn = generator.paint(images, masks, everything, [4, 5], mask_given=False, num_steps=6, repeats=1)
+    assert all(map(torch.equal, drawn, generator.sample([4, 5], 6)))
+    region[:, 3:9, 5:12] = True
+    for mask_given in (True, False):
+        new_images, new_masks = generator.paint(images, masks, region, [4, 5], mask_given, 6)
+        outside = ~region[:, None].expand_as(images)
+        assert torch.equal(new_images[outside], images[outside]) and not torch.equal(new_images, images)
+        assert torch.equal(new_masks[~region], masks[~region])
+        assert torch.equal(new_masks, masks) or not mask_given
+    again = generator.paint(images[1:], masks[1:], region[1:], [5], False, 6)
+    assert torch.equal(again[0][0], new_images[1]) and torch.equal(again[1][0], new_masks[1])
+
+
+def test_what_the_small_network_cannot_see_is_not_computed(relay, data, monkeypatch):
+    generator = DefectGen.load(relay)
+    big = generator.size = (32, 64)                                 # its field is smaller
+    generator.plan_size = (16, 32)
+    images, masks = open_dataset(data, big).subset([0]).tensors()
+    region, seen = torch.zeros(1, *big, dtype=torch.bool), []
+    region[:, 2:6, 30:36] = True
+    forward = generator.small.forward
+    monkeypatch.setattr(generator.small, "forward", lambda x, t: seen.append(x.shape[2:]) or forward(x, t))
+    part = generator.paint(images, masks, region, [0], num_steps=6)
+    whole = [slice(0, n) for n in big]
+    monkeypatch.setattr(defect_gen, "surroundings", lambda drawn, net: whole)
+    assert all(map(torch.equal, part, generator.paint(images, masks, region, [0], num_steps=6)))
+    assert seen[0] != big and seen[-1] == big
