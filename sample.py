@@ -4,25 +4,41 @@
     python sample.py --min-area-px 1                    64 pairs that have a defect
     python sample.py --run runs/mine --seeds 100-199 --num-steps 50
     python sample.py --run runs/mine --count 50 --defect crack --min-area-px 20     draws until 50 pairs fit
+    python sample.py --run runs/mine --count 50 --defect crack --photos good        paints cracks into photos
 
 A picture is a function of its seed: 000017.png is the same alone or in a batch. Pairs that are already there
 are skipped, so an interrupted command is simply run again; several machines share the work by their --seeds.
 """
 import argparse
+import csv
+import itertools
 import math
 import re
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
-from datasets import (open_dataset, overlay, pair_paths, pick_device, run_main, sheet, write_classes,
-                      write_image, write_json, write_pair)
+from datasets import (DefectDataset, Sample, files_in, has_layout, is_grey, open_dataset, open_picture,
+                      overlay, pair_paths, pick_device, read_mask, run_main, sheet, to_array, to_mode,
+                      write_classes, write_image, write_json, write_pair)
 from defect_gen import NUM_STEPS, SWITCH_T, DefectGen
-from diffusion import METHODS, SPACINGS
+from diffusion import METHODS, SPACINGS, rng
+from evaluate import defect_crops, distances, halved, mask_fit
 from inspect_rules import read_json
+from segment import load_segmenter
 from unet import check_size
 
-KIND = "generated"      # one folder for all: a pair's classes are in its mask
+KIND, PAINTED = "generated", "painted"      # one folder for all: a pair's classes are in its mask
+MASKS = "training", "generated"
+SCORES = "photo", "mask", "tries", "seam", "novelty", "fit"
+TRIES = 5               # for each painted pair: other photos, places and noise
+MAX_SEAM = 2.0          # what the border of a region may show, see seam()
+RETRY, PLACE = 1 << 20, 5                   # of seeds: between the tries of one pair; for the place
 DRAWS = 50              # for each pair of --count at most, where only some are wanted
 
 
@@ -60,6 +76,19 @@ def parse_args(argv=None):
     parser.add_argument("--min-area-px", type=int, default=0, help="keep only pairs with so many pixels of "
                         "--defect, or of all defects")
     parser.add_argument("--max-area-px", type=int, help="keep only pairs with at most so many")
+    painting = parser.add_argument_group("painting into photos, one defect each; with --defect, of one class")
+    painting.add_argument("--photos", metavar="FOLDER", help="good photos, or a data set: then its photos "
+                          "without a defect, or all, whose defects stay labelled")
+    painting.add_argument("--split", help="of --photos (default: all)")
+    painting.add_argument("--masks", default="training", metavar="FOLDER", help="training: defects of masks "
+                          "trained on, moved; generated: of the large stage; or index masks to take as they "
+                          "are (default: %(default)s)")
+    painting.add_argument("--where", metavar="PNG", help="defects lie where this picture is white (default: "
+                          "where those of training masks lie)")
+    painting.add_argument("--judge", metavar="FILE", help="segment.pt of segment.py: scores how far it sees "
+                          "the wanted mask")
+    painting.add_argument("--min-fit", type=float, default=0.0, metavar="IOU", help="paint again what "
+                          "--judge scores lower, 0 to 1 (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.count < 1 or args.batch_size is not None and args.batch_size < 1:
         raise ValueError("--count and --batch-size must be at least 1")
@@ -76,6 +105,16 @@ def wanted(masks, args, classes):
     return (area >= least) & (area <= most)
 
 
+def write_sheet(out, size):
+    """A contact sheet of the first 32 pairs of a data set, at size (H, W)."""
+    pairs, rows = open_dataset(out, size), []
+    images, masks = pairs.subset(range(min(32, len(pairs)))).tensors()
+    for first in range(0, len(images), 8):
+        eight = slice(first, first + 8)
+        rows += [("image", list(images[eight])), ("mask", list(map(overlay, images[eight], masks[eight])))]
+    write_image(out / "sheet.png", sheet(rows, classes=pairs.classes))
+
+
 def draw_pairs(args):
     """Draw the pairs that --out lacks and write them, then a contact sheet of the first 32."""
     generator = DefectGen.load(args.run, pick_device(args.device))
@@ -88,12 +127,8 @@ def draw_pairs(args):
         raise ValueError(f"--defect {args.defect}: {args.run} draws {', '.join(generator.classes[1:])}")
     names = "num_steps", "sampler", "spacing", "switch_t", "defect", "min_area_px", "max_area_px"
     settings = {name: getattr(args, name) for name in names}
-    settings.update(size=list(size), steps_trained=generator.steps_trained)
-    if (out / "config.json").exists() and read_json(out / "config.json") != settings:
-        raise ValueError(f"{out} holds pairs of other settings or checkpoints, see its config.json; "
-                         f"remove it, or choose another --out")
-    write_classes(out, generator.classes)
-    write_json(out / "config.json", settings)
+    settings.update(size=list(size))
+    begin(args, generator, out, settings)
 
     batch_size = args.batch_size or min(16, max(1, 16 * 256 ** 2 // math.prod(size)))
     choosy = args.defect or args.min_area_px or args.max_area_px is not None
@@ -112,18 +147,225 @@ def draw_pairs(args):
     if kept < count and not args.seeds or not kept:
         raise ValueError(f"only {kept} of {len(seeds)} pairs drawn are as asked for, in {out}; ask for less")
 
-    pairs = open_dataset(out, size)
-    images, masks = pairs.subset(range(min(32, len(pairs)))).tensors()
-    rows = []
-    for first in range(0, len(images), 8):
-        eight = slice(first, first + 8)
-        rows += [("image", list(images[eight])), ("mask", list(map(overlay, images[eight], masks[eight])))]
-    write_image(out / "sheet.png", sheet(rows, classes=generator.classes))
+    write_sheet(out, size)
     drawn = f" of {len(seeds) - len(missing)} drawn" if choosy else ""
     print(f"{kept} pairs{drawn} in {out}, contact sheet {out / 'sheet.png'}")
     if out == Path(args.run) / "samples":
         print(f"next: python evaluate.py --run {args.run}")
 
 
+# --- painting: a defect where it is wanted ---
+
+def open_photos(args, generator):
+    """The photos to paint into: a folder's; or a data set's without a defect, or all if each has one."""
+    spec, channels = args.photos, generator.config["channels"]
+    if spec.startswith("drawn:") or has_layout(Path(spec)):
+        photos = open_dataset(spec, split=args.split)
+        if photos.classes != generator.classes:
+            raise ValueError(f"--photos {spec} has the classes {', '.join(photos.classes)}, but {args.run} "
+                             f"was trained with {', '.join(generator.classes)}")
+        defective = photos.defective()
+        photos = photos.subset(sorted(set(range(len(photos))) - set(defective)) or defective)
+    else:
+        samples = [Sample(stem, path) for stem, path in files_in(Path(spec)).items()]
+        grey = all(is_grey(sample.image) for sample in samples)
+        photos = DefectDataset(spec, generator.classes, samples, 1 if grey else 3)
+    if not len(photos):
+        raise ValueError(f"--photos {spec}: no photos in this folder")
+    if photos.channels != channels:
+        raise ValueError(f"--photos {spec}: they have {photos.channels} channels, those that {args.run} was "
+                         f"trained on {channels}; convert them")
+    return photos
+
+
+def moved(shape, centres, room, turns, generator):
+    """One defect, bool (H, W), turned, resized and laid at random; None where no place of 50 has room.
+
+    Its middle comes to lie on `centres`, all of it on `room`, both bool (H, W). turns: by any angle, else by
+    10 degrees at most.
+    """
+    angle, growth = (torch.rand(2, generator=generator) * 2 - 1).tolist()
+    rows, columns = (slice(at.min(), at.max() + 1) for at in shape.nonzero().T)
+    picture = Image.fromarray(shape[rows, columns].byte().numpy())
+    picture = picture.rotate(angle * (180 if turns else 10), expand=True)
+    picture = picture.resize([max(1, round(n * 2 ** (growth / 2))) for n in picture.size])
+    piece = torch.from_numpy(np.array(picture)) > 0
+    places = centres.nonzero()
+    if not len(places):
+        return None
+    for i in torch.randint(len(places), (50,), generator=generator):
+        top, left = (places[i] - torch.tensor(piece.shape) // 2).tolist()
+        mask = F.pad(piece, (left, room.shape[1] - left - piece.shape[1],
+                             top, room.shape[0] - top - piece.shape[0]))        # a part outside is cut off
+        if mask.sum() == piece.sum() > 0 and room[mask].all():
+            return mask
+    return None
+
+
+class Wishes:
+    """Which defect goes where: --masks.
+
+    training: the pixels of one class in a training mask, moved; classes take turns. generated: what the large
+    stage draws. A folder: its index masks as they are, that of the photo's own name if there is one.
+    """
+
+    def __init__(self, args, generator):
+        self.args, self.generator, config = args, generator, generator.config
+        train = open_dataset(config["data"], generator.size, config["split"], config.get("object"))
+        self.train = train.subset(train.defective()).tensors()
+        names = [args.defect] if args.defect else generator.classes[1:]
+        shapes = {k: self.train[1] == k for k in map(generator.classes.index, names)}
+        self.shapes = {k: each[each.flatten(1).any(1)] for k, each in shapes.items() if each.any()}
+        self.files = {} if args.masks in MASKS else files_in(Path(args.masks))
+        if not self.files and args.masks not in MASKS:
+            raise ValueError(f"--masks {args.masks}: expected {', '.join(MASKS)} or a folder of index masks")
+        if not self.shapes and args.masks == "training":
+            raise ValueError(f"--defect {args.defect}: no mask that {args.run} was trained on has it")
+        self.room = torch.ones(generator.size, dtype=torch.bool)
+        if args.where:
+            where = to_mode(open_picture(args.where), 1).resize(generator.size[::-1])
+            self.room = torch.from_numpy(to_array(where)[0] >= 128)
+
+    def mask(self, name, native, labelled, turn, seed):
+        """(mask uint8 (H, W) of the run's size or None where it has no room, its source) for one photo.
+
+        name, native: of the photo, its size; labelled: bool (H, W), the defects it has; turn: whose it is.
+        """
+        random, room, size = rng(seed, PLACE), self.room & ~labelled, self.generator.size
+        if self.args.masks == "training":
+            k = list(self.shapes)[turn % len(self.shapes)]
+            centres = room if self.args.where else room & self.shapes[k].any(0)
+            shape = self.shapes[k][torch.randint(len(self.shapes[k]), (), generator=random)]
+            mask = moved(shape, centres, room, "turn" in self.generator.config["augment"], random)
+            return None if mask is None else mask.byte() * k, "training"
+        if self.args.masks == "generated":
+            alone = 0 if self.generator.plan_size != self.generator.size else SWITCH_T
+            mask, source = self.generator.sample([seed], switch_t=alone)[1][0], "generated"
+            if self.args.defect:
+                mask *= mask == self.generator.classes.index(self.args.defect)
+        else:
+            stem = name.rpartition("/")[2]
+            own = [s for s in (stem, f"{stem}_mask") if s in self.files] or sorted(self.files)
+            path = self.files[own[turn % len(own)]]
+            mask, source = torch.from_numpy(read_mask(path, self.generator.classes)), str(path)
+            if tuple(mask.shape) not in (size, native):
+                raise ValueError(f"{path} is {mask.shape[0]}x{mask.shape[1]}; expected "
+                                 f"{native[0]}x{native[1]}, as the photo {name}, or {size[0]}x{size[1]}")
+            mask = F.interpolate(mask[None, None], size, mode="nearest-exact")[0, 0]
+        return mask if mask.any() and room[mask > 0].all() else None, source
+
+
+def put_back(photo, before, after, region):
+    """A photo uint8 (C, H, W) with what painting changed in its copy of (h, w), inside the region (h, w).
+
+    The change is enlarged and added, so the photo's own grain stays; outside the region nothing changes.
+    """
+    size = tuple(photo.shape[1:])
+    inside = F.interpolate(region[None, None].byte(), size, mode="nearest-exact")[0, 0] > 0
+    rows, columns = (slice(at.min(), at.max() + 1) for at in inside.nonzero().T)
+    change = F.interpolate((after.float() - before)[None], size, mode="bilinear")[0, :, rows, columns]
+    painted, there = photo.clone(), (slice(None), rows, columns)
+    new = (photo[there] + change).round().clamp(0, 255).byte()
+    painted[there] = torch.where(inside[rows, columns], new, photo[there])
+    return painted
+
+
+def seam(after, before, region):
+    """Mean difference of neighbours across the region's border, over that in the photo; 1: as it was."""
+    across = [region.diff(dim=axis) for axis in (-1, -2)]
+
+    def step(image):
+        return sum(image.float().diff(dim=axis).abs().mean(0)[edge].sum()
+                   for axis, edge in zip((-1, -2), across)) / sum(edge.sum() for edge in across)
+    return (step(after) / step(before).clamp(min=0.5)).item()
+
+
+def begin(args, generator, out, settings):
+    """Make the folder of a data set and note how it is drawn. Raises where it holds pairs of another way."""
+    settings.update(steps_trained=generator.steps_trained)
+    if (out / "config.json").exists() and read_json(out / "config.json") != settings:
+        raise ValueError(f"{out} holds pairs of other settings or checkpoints, see its config.json; "
+                         f"remove it, or choose another --out")
+    write_classes(out, generator.classes)
+    write_json(out / "config.json", settings)
+
+
+class Painter:
+    """Paints wished defects into photos and says how well: see paint_pairs."""
+
+    def __init__(self, args, generator):
+        self.generator, self.min_fit, self.side = generator, args.min_fit, min(generator.size) // 4
+        self.photos, self.wishes = open_photos(args, generator), Wishes(args, generator)
+        self.judge, classes = load_segmenter(args.judge, generator.device) if args.judge else (None, None)
+        if classes not in (None, generator.classes):
+            raise ValueError(f"--judge {args.judge} knows {', '.join(classes)}, but {args.run} draws "
+                             f"{', '.join(generator.classes)}")
+        self.known = defect_crops(*self.wishes.train, self.side)    # novelty is in units of their distances
+        among = distances(self.known, self.known, halved).fill_diagonal_(math.inf)
+        self.unit = among.amin(1).median()
+
+    def attempt(self, seed, n):
+        """(photo, mask, record) of try n, native; or why there is none: "no room" or "low score"."""
+        i, size = (seed + n) % len(self.photos), self.generator.size
+        (photo, labels), (before, old) = self.photos.read(i), self.photos.read(i, size)
+        name, own = self.photos.samples[i].name, seed + RETRY * n
+        mask, source = self.wishes.mask(name, tuple(labels.shape), old > 0, seed, own)
+        if mask is None:
+            return "no room"
+        reach = min(size) // 32
+        region = F.max_pool2d((mask > 0)[None].float(), 2 * reach + 1, 1, reach)[0] > 0
+        region &= old == 0
+        after = self.generator.paint(before[None], (old + mask)[None], region[None], [own])[0][0]
+        crop = defect_crops(after[None], mask[None], self.side)
+        record = {"photo": name, "mask": source, "seed": own, "tries": n + 1,
+                  "seam": seam(after, before, region),
+                  "novelty": (distances(crop, self.known, halved).min() / self.unit).item()}
+        if self.judge:
+            record["fit"] = mask_fit(self.judge(after[None]), mask[None])[0].item()
+        if record["seam"] > MAX_SEAM or record.get("fit", 1) < self.min_fit:
+            return "low score"
+        wide = F.interpolate(mask[None, None], tuple(labels.shape), mode="nearest-exact")[0, 0]
+        at = wide.nonzero()
+        record["box"] = [*at.amin(0).tolist(), *(at.amax(0) - at.amin(0) + 1).tolist()]
+        return put_back(photo, before, after, region), torch.where(wide > 0, wide, labels), record
+
+
+def paint_pairs(args):
+    """Paint a defect into photos, one for each seed; write the pairs, source.json and scores.csv."""
+    generator = DefectGen.load(args.run, pick_device(args.device))
+    if args.defect and args.defect not in generator.classes[1:]:
+        raise ValueError(f"--defect {args.defect}: {args.run} draws {', '.join(generator.classes[1:])}")
+    painter, out = Painter(args, generator), Path(args.out or Path(args.run) / "painted")
+    names = "photos", "split", "masks", "where", "judge", "min_fit", "defect"
+    begin(args, generator, out, {name: getattr(args, name) for name in names})
+    source = out / "source.json"
+    records, seeds = read_json(source) if source.exists() else {}, args.seeds or list(range(args.count))
+    failed = Counter()
+    for seed, n in tqdm(list(itertools.product(seeds, range(TRIES))), unit="try"):
+        if f"{seed:06d}" in records:
+            continue
+        pair = painter.attempt(seed, n)
+        if isinstance(pair, str):
+            failed[pair] += 1
+            continue
+        image, mask, records[f"{seed:06d}"] = pair
+        write_pair(out, f"{seed:06d}", image, mask, PAINTED)
+        write_json(source, records)
+    with open(out / "scores.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["pair", *SCORES])
+        table.writerows([name, *map(record.get, SCORES)] for name, record in records.items())
+    said = f"; tries that failed: {dict(failed)}" if failed else ""
+    if not records:
+        raise ValueError(f"no defect painted in {TRIES} tries for each of {len(seeds)}{said}")
+    write_sheet(out, generator.size)
+    print(f"{len(records)} of {len(seeds)} pairs painted in {out}, {out / 'sheet.png'}{said}")
+
+
+def main():
+    args = parse_args()
+    (paint_pairs if args.photos else draw_pairs)(args)
+
+
 if __name__ == "__main__":
-    run_main(lambda: draw_pairs(parse_args()))
+    run_main(main)

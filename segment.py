@@ -501,6 +501,29 @@ def predict(net: Segmenter, images: torch.Tensor, batch_size: int = 16, bf16: bo
     return torch.cat(masks)
 
 
+def load_segmenter(path, device="cpu"):
+    """The network that `python segment.py` wrote, as (images -> masks, classes).
+
+    Images uint8 (N, C, H, W) of any size are shown to it at the size that it was trained at; masks are uint8
+    (N, H, W). Raises ValueError where the file is another's.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        net = build(**saved["build"])
+        net.load_state_dict(saved["model"])
+    except FileNotFoundError:
+        raise
+    except Exception as error:      # the reader raises many types; to the user they are one fact
+        raise ValueError(f"{path}: damaged, or not written by segment.py ({str(error)[:80]})") from None
+    net.to(device)
+
+    def masks_of(images):
+        small = F.interpolate(images.float(), saved["size"], mode="bilinear", antialias=True).round().byte()
+        masks = predict(net, small, bf16=has_bf16(device))
+        return F.interpolate(masks[:, None], images.shape[2:], mode="nearest-exact")[:, 0]
+    return masks_of, tuple(saved["classes"])
+
+
 # --- score ---
 
 def check_classes(masks: torch.Tensor, num_classes: int, name: str) -> None:
