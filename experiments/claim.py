@@ -1,8 +1,7 @@
 """The paper's claim: two stages copy less than the large network and keep the shape better than the small.
 
-    python -m experiments.claim                         drawn pills; about three hours of two cores
-    python -m experiments.claim --tile magnetic_tile    and 25 photos of magnetic tiles, an hour more
-    python -m experiments.claim --quick                 two runs of a few steps; their numbers mean nothing
+    python -m experiments.claim             drawn pills, about an hour of one core
+    python -m experiments.claim --quick     two runs of a few steps; their numbers mean nothing
 
 Trains every run of RUNS that is not finished, draws its pairs with every switch and from every kept
 checkpoint, measures them, and writes the numbers to OUT/claim.json and plots beside. What is finished is not
@@ -24,13 +23,10 @@ from defect_gen import SWITCH_T, DefectGen, checkpoints
 from evaluate import compare, print_table, spread, variants
 from inspect_rules import read_json
 
-PILL = ["--size", "32", "32", "--batch-size", "16", "--no-soft-masks"]
-TILE = ["--size", "48", "48", "--batch-size", "8", "--no-soft-masks"]
-# name: (split, steps, whose large network is taken instead of one of its own, flags of the small network)
-RUNS = {"pill25": ("train25", 4000, None, []), "pill5": ("train5", 1500, None, []),
-        "pill100": ("train100", 1500, None, []), "pill25-d0": ("train25", 1500, "pill25", ["--depth", "0"]),
-        "pill25-d3": ("train25", 1500, "pill25", ["--depth", "3"]),
-        "trial-own": ("train25", 1500, "pill25", ["--t-range", "own"]), "tile": ("few_shot", 4000, None, [])}
+STEPS = 1500
+# name: (split, whose large network is taken instead of one of its own, flags of the small network)
+RUNS = {"pill25": ("train25", None, []), "pill5": ("train5", None, []), "pill100": ("train100", None, []),
+        "pill25-d0": ("train25", "pill25", ["--depth", "0"])}
 SWITCHES = 0, 100, 200, 400, 600, 800, 1000     # 0: the large network alone, 1000: the small one alone
 
 
@@ -57,8 +53,8 @@ def write_pills(folder, count=300, side=32, drawn_at=44):
 
 def train_run(name, out, data, quick):
     """Train whatever is missing of one run, and draw its pairs."""
-    split, steps, borrowed, flags = RUNS[name]
-    steps, run = 4 if quick else steps, out / name
+    split, borrowed, flags = RUNS[name]
+    steps, run = 4 if quick else STEPS, out / name
     for stage in ("large", "small"):
         if stage == "large" and borrowed:
             (run / "large").mkdir(parents=True, exist_ok=True)
@@ -68,12 +64,13 @@ def train_run(name, out, data, quick):
         elif steps not in checkpoints(run / stage):
             words = ["--stage", stage, "--data", data, "--split", split, "--out", run, "--t-range", "full",
                      "--keep", 99, "--steps", steps, "--save-every", 2 if quick else 500,
-                     *(TILE if name == "tile" else PILL), *(flags if stage == "small" else []),
+                     "--size", 32, 32, "--batch-size", 16, "--no-soft-masks",
+                     *(flags if stage == "small" else []),
                      *(["--resume"] if checkpoints(run / stage) else [])]
             if status := train.train(train.parse_args(list(map(str, words)))):      # a signal ended it
                 raise SystemExit(status)
-    count, num_steps = ("8", "2") if quick else ("64", "20")
-    sample.draw_pairs(sample.parse_args(["--run", str(run), "--count", count, "--num-steps", num_steps]))
+    few = ["--count", "8", "--num-steps", "2"] if quick else []
+    sample.draw_pairs(sample.parse_args(["--run", str(run), *few]))
     return run
 
 
@@ -120,11 +117,9 @@ def score_run(folder, quick):
 # --- tables and a plot ---
 
 def show(results):
-    """The published tables: by switch, steps, number of images, depth, and way of training `small`."""
+    """The published tables: of each run by switch, and of 25 pills by training steps."""
     columns = ["copies %", "novelty", "defect novelty", "shape", "patch distance", "mask fit %"]
-    ends, both = ("large only", name_of(SWITCH_T), "small only"), (name_of(SWITCH_T), "small only")
-    pills = [steps for name, steps in results.items() if name != "tile"]
-    equal = max(set.intersection(*map(set, pills)), key=int)        # the most steps that all pills have
+    ends = "large only", name_of(SWITCH_T), "small only"
 
     def table(caption, rows):
         """rows: (label, run, step, set)"""
@@ -140,14 +135,6 @@ def show(results):
         table(f"{run}: against switch_t, {last} steps", [(name, run, last, name) for name in steps[last]])
     table("25 pills: against training steps",
           [(f"{step}, {name}", "pill25", step, name) for step in results["pill25"] for name in ends])
-    table(f"against the number of images, {equal} steps",
-          [(f"{n}, {name}", f"pill{n}", equal, name) for n in (5, 25, 100) for name in ends])
-    table(f"25 pills: against the depth of the small network, {equal} steps",
-          [(f"{depth}, {name}", run, equal, name)
-           for depth, run in ((0, "pill25-d0"), (1, "pill25"), (3, "pill25-d3")) for name in both])
-    table(f"25 pills: ways of training the small network, {equal} steps",
-          [(f"{run}, {name}", run, equal, name)
-           for run in ("pill25", "trial-own") for name in both])
 
 
 def plot(x, lines, size=(640, 360)):
@@ -177,17 +164,14 @@ def plot(x, lines, size=(640, 360)):
 def main():
     parser = argparse.ArgumentParser(description="Measure the paper's claim.")
     parser.add_argument("--out", default="runs/claim", type=Path, help="for the runs (default: %(default)s)")
-    parser.add_argument("--tile", metavar="FOLDER", help="magnetic tile photos, as well")
     parser.add_argument("--quick", action="store_true", help="two runs of a few steps")
     args = parser.parse_args()
     out = args.out / "quick" if args.quick else args.out
     if not (out / "pills" / "split.json").exists():
         write_pills(out / "pills")
-    names = ["pill25", "pill25-d0"] if args.quick else [name for name in RUNS if name != "tile" or args.tile]
     results = {}
-    for name in names:
-        data = args.tile if name == "tile" else out / "pills"
-        results[name] = score_run(train_run(name, out, data, args.quick), args.quick)
+    for name in ["pill25", "pill25-d0"] if args.quick else RUNS:
+        results[name] = score_run(train_run(name, out, out / "pills", args.quick), args.quick)
         write_json(out / "claim.json", results)
     show(results)
     if not args.quick:
