@@ -13,7 +13,7 @@ from conftest import ROOT
 SERVER = """
 import importlib, json, os, runpy, signal, sys
 sys.path.insert(0, os.getcwd())
-import torch, torch._dynamo                      # an optimiser would import the second
+import torch, torch._dynamo                                     # an optimiser would import the second
 torch.set_num_threads(1)
 for name in {warm!r}:
     importlib.import_module(name)
@@ -26,7 +26,7 @@ for line in sys.stdin:
     if child == 0:
         signal.alarm(300)                                       # nothing waits for ever
         signal.signal(signal.SIGINT, signal.default_int_handler)    # background jobs ignore it
-        log = os.open(job["log"] + str(os.getpid()), os.O_WRONLY | os.O_CREAT)
+        log = os.open({logs!r} + "/" + str(os.getpid()), os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1), os.dup2(log, 2)
         os.environ.update(job["environment"])
         script, *sys.argv[1:] = job["command"]
@@ -52,8 +52,8 @@ class Commands:
     def __init__(self, folder, warm):
         self.logs = tempfile.TemporaryDirectory()
         self.server = subprocess.Popen(
-            [sys.executable, "-c", SERVER.format(warm=warm)], cwd=folder, text=True, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            [sys.executable, "-c", SERVER.format(warm=warm, logs=self.logs.name)], cwd=folder, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
         atexit.register(self.server.communicate)                # closes its stdin, which ends it
 
     def ask(self, **job):
@@ -62,8 +62,8 @@ class Commands:
         return int(self.server.stdout.readline())
 
     def start(self, *command, fault="", **environment):
-        return self.ask(command=[str(word) for word in command], fault=fault, log=self.logs.name + "/",
-                        environment={name: str(value) for name, value in environment.items()})
+        environment = {name: str(value) for name, value in environment.items()}
+        return self.ask(command=[*map(str, command)], fault=fault, environment=environment)
 
     def wait(self, pid):
         status = self.ask(wait=pid)
@@ -77,16 +77,3 @@ class Commands:
 def program():
     """The commands of this checkout."""
     return Commands(ROOT, ["sample", "train"])
-
-
-# what a training command does to itself at the n-th call of its loss
-AT_CALL = """
-import diffusion, os, signal
-loss, calls = diffusion.training_loss, []
-def faulty(*arguments):
-    calls.append(0)
-    if len(calls) == {call}:
-        {what}
-    return loss(*arguments)
-diffusion.training_loss = faulty
-"""

@@ -18,11 +18,10 @@ TINY = ["--size", "16", "16", "--steps", "4", "--batch-size", "2", "--save-every
 torch.set_num_threads(1)            # small tensors: more threads only wait for each other
 
 
-def run(script, *flags, cwd=ROOT, launcher=()):
+def run(script, *flags):
     """Run a command in a process of its own; returns it with .returncode, .stdout and .stderr."""
-    command = [sys.executable, *launcher, ROOT / script, *map(str, flags)]
-    return subprocess.run(command, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
-                          text=True, timeout=300)
+    return subprocess.run([sys.executable, ROOT / script, *map(str, flags)], cwd=ROOT, capture_output=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, timeout=300)
 
 
 def picture(path):

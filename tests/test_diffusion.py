@@ -16,14 +16,6 @@ def images(*shape, seed=0, dtype=torch.float64):
     return torch.rand(shape, generator=rng(seed), dtype=dtype) * 2 - 1
 
 
-def gaussian_denoiser(std):
-    """The ideal denoiser of data ~ N(0, std^2): x_0 = E[x_0 | x_t]."""
-    def denoise(x, t):
-        a = COSINE[t].item()
-        return a ** 0.5 * std ** 2 / (a * std ** 2 + 1 - a) * x
-    return denoise
-
-
 def wavy(x, t):
     """A denoiser whose answer depends on all it is given."""
     return torch.tanh(0.8 * x + t / 1000)
@@ -32,21 +24,19 @@ def wavy(x, t):
 # --- schedule ---
 
 def test_the_schedule_has_the_released_values():
-    assert COSINE.dtype == torch.float64 and COSINE.shape == (1000,)
     for t in range(999):                            # as long as no beta is clipped, the product telescopes
         angles = [(s / 1000 + 0.008) / 1.008 * math.pi / 2 for s in (t + 1, 0)]
         expected = (math.cos(angles[0]) / math.cos(angles[1])) ** 2
         assert COSINE[t].item() == pytest.approx(expected, rel=1e-9)
     golden = {0: 0.9999587, 100: 0.9715757, 400: 0.6459882, 998: 2.428767e-6, 999: 2.428767e-9}
-    for t, value in golden.items():
-        assert COSINE[t].item() == pytest.approx(value, rel=1e-6)
+    assert {t: COSINE[t].item() for t in golden} == pytest.approx(golden, rel=1e-6)
 
 
-@pytest.mark.parametrize("T", [1, 2, 10, 250, 1000, 4000])
+@pytest.mark.parametrize("T", [1, 2, 10, 1000, 4000])
 def test_schedules_fall_strictly_between_one_and_zero(T):
     alphas_cumprod = schedule(T)
-    assert len(alphas_cumprod) == T and 0 < alphas_cumprod[-1] and alphas_cumprod[0] < 1
-    assert (alphas_cumprod.diff() < 0).all() and logsnr(alphas_cumprod).isfinite().all()
+    assert len(alphas_cumprod) == T and alphas_cumprod.dtype == torch.float64
+    assert 0 < alphas_cumprod[-1] and alphas_cumprod[0] < 1 and (alphas_cumprod.diff() < 0).all()
     torch.testing.assert_close(logsnr(alphas_cumprod), torch.logit(alphas_cumprod))
 
 
@@ -54,13 +44,12 @@ def test_schedules_fall_strictly_between_one_and_zero(T):
 
 def test_q_sample_is_its_closed_form_for_each_image_and_keeps_the_dtype():
     x, noise, t = images(3, 2, 4, 5), images(3, 2, 4, 5, seed=1), torch.tensor([0, 500, 999])
-    for dtype in torch.bfloat16, torch.float32:
-        assert q_sample(x.to(dtype), t, noise.to(dtype), COSINE).dtype == dtype
     x_t = q_sample(x, t, noise, COSINE)
     for i in range(3):
         a = COSINE[t[i]].item()
         torch.testing.assert_close(x_t[i], a ** 0.5 * x[i] + (1 - a) ** 0.5 * noise[i])
         torch.testing.assert_close(q_sample(x[i:i + 1], int(t[i]), noise[i:i + 1], COSINE)[0], x_t[i])
+    assert q_sample(x.bfloat16(), t, noise.bfloat16(), COSINE).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -69,9 +58,8 @@ def test_targets_are_their_closed_forms_and_inverted(target, dtype, tolerance):
     x, noise = images(4, 1, 8, 8, dtype=dtype), images(4, 1, 8, 8, seed=1, dtype=dtype)
     t = torch.tensor([0, 400, 900, 999])
     signal, sigma = COSINE[t].sqrt().view(-1, 1, 1, 1), (1 - COSINE[t]).sqrt().view(-1, 1, 1, 1)
-    expected = {"x0": x, "v": (signal * noise - sigma * x).to(dtype)}[target]
     wanted = diffusion.target_of(x, noise, t, COSINE, target)
-    torch.testing.assert_close(wanted, expected)
+    torch.testing.assert_close(wanted, {"x0": x, "v": (signal * noise - sigma * x).to(dtype)}[target])
     back = diffusion.to_x_start(wanted, q_sample(x, t, noise, COSINE), t, COSINE, target)
     torch.testing.assert_close(back, x, rtol=0, atol=tolerance)
 
@@ -91,18 +79,11 @@ def test_training_loss_is_a_float32_mean_over_pixels_and_a_weighted_sum_over_cha
 
 
 def test_min_snr_counts_the_same_error_of_x_0_whatever_the_target():
-    snr = COSINE / (1 - COSINE)
-    x, off, noise = images(1000, 1, 2, 2), 0.1 * images(1000, 1, 2, 2, seed=1), images(1000, 1, 2, 2, seed=2)
-    t = torch.arange(1000)
-    for target in TARGETS:
-        wanted = diffusion.target_of(x, noise, t, COSINE, target)
-        x_t = q_sample(x, t, noise, COSINE)
-        signal, sigma = (part.view(-1, 1, 1, 1) for part in (COSINE.sqrt(), (1 - COSINE).sqrt()))
-        answer = x + off if target == "x0" else (signal * x_t - x - off) / sigma
-        losses = (answer - wanted).square().mean((1, 2, 3))
-        losses = losses * diffusion.time_weights(COSINE, target, "min-snr")
-        torch.testing.assert_close(losses, snr.clamp(max=5) * off.square().mean((1, 2, 3)))
-        assert (diffusion.time_weights(COSINE, target, "uniform") == 1).all()
+    """The error of v that an error of x_0 makes at x_t is that over sigma."""
+    counts = {target: diffusion.time_weights(COSINE, target, "min-snr") for target in TARGETS}
+    torch.testing.assert_close(counts["x0"], (COSINE / (1 - COSINE)).clamp(max=5))
+    torch.testing.assert_close(counts["v"] / (1 - COSINE), counts["x0"])
+    assert all((diffusion.time_weights(COSINE, target, "uniform") == 1).all() for target in TARGETS)
 
 
 # --- timesteps ---
@@ -128,39 +109,25 @@ def test_each_spacing_is_uniform_on_its_clock():
 
 # --- samplers ---
 
-@pytest.mark.parametrize("eta", [0.0, 0.7, 1.0])
-def test_ddim_step_goes_where_q_sample_goes(eta):
+@pytest.mark.parametrize("t, t_prev", [(999, 998), (999, 0), (500, 499), (500, 20), (1, 0)])
+def test_ddim_step_is_q_sample_without_noise_and_the_posterior_of_ddpm_with_it(t, t_prev):
     x, noise, fresh = (images(2, 1, 4, 4, seed=seed) for seed in range(3))
-    for t, t_prev in (999, 998), (999, 0), (500, 20), (1, 0):
-        x_t, a, a_prev = q_sample(x, t, noise, COSINE), COSINE[t], COSINE[t_prev]
-        variance = eta ** 2 * (1 - a_prev) / (1 - a) * (1 - a / a_prev)
-        of_noise = (1 - a_prev - variance).clamp(min=0).sqrt()
-        mixed = (of_noise * noise + variance.sqrt() * fresh) / (1 - a_prev).sqrt()
-        torch.testing.assert_close(ddim_step(x_t, x, t, t_prev, COSINE, eta, fresh),
-                                   q_sample(x, t_prev, mixed, COSINE))
-        assert torch.equal(ddim_step(x_t, x, t, -1, COSINE, eta), x)        # the clean image, without noise
-
-
-def test_eta_one_is_the_posterior_of_ddpm():
-    x, x_t, zero = images(1, 1, 4, 4), images(1, 1, 4, 4, seed=1), torch.zeros(1, 1, 4, 4).double()
-    for t in 1, 500, 999:
-        a, a_prev = COSINE[t], COSINE[t - 1]
-        beta = 1 - a / a_prev                                                           # DDPM eq. 7
-        mean = a_prev.sqrt() * beta / (1 - a) * x + (1 - beta).sqrt() * (1 - a_prev) / (1 - a) * x_t
-        variance = (1 - a_prev) / (1 - a) * beta
-        torch.testing.assert_close(ddim_step(x_t, x, t, t - 1, COSINE, 1.0, zero), mean)
-        moved = ddim_step(x_t, x, t, t - 1, COSINE, 1.0, zero + 1) - mean
-        torch.testing.assert_close(moved, zero + variance.sqrt())
+    x_t, a, a_prev = q_sample(x, t, noise, COSINE), COSINE[t], COSINE[t_prev]
+    torch.testing.assert_close(ddim_step(x_t, x, t, t_prev, COSINE), q_sample(x, t_prev, noise, COSINE))
+    beta = 1 - a / a_prev                                                               # DDPM eq. 7
+    mean = a_prev.sqrt() * beta / (1 - a) * x + (1 - beta).sqrt() * (1 - a_prev) / (1 - a) * x_t
+    variance = (1 - a_prev) / (1 - a) * beta
+    torch.testing.assert_close(ddim_step(x_t, x, t, t_prev, COSINE, 1.0, fresh),
+                               mean + variance.sqrt() * fresh)
+    assert torch.equal(ddim_step(x_t, x, t, -1, COSINE, 1.0), x)        # the clean image, without noise
 
 
 @pytest.mark.parametrize("method, eta", [("ddim", 0.0), ("ddpm", 1.0)])
 def test_ddim_and_ddpm_are_ddim_steps_over_any_subset_of_timesteps(method, eta):
     x = x_T = images(2, 1, 4, 4)
-    steps, noise = [999, 700, 40, 3, 0], noise_for([1, 2], (1, 4, 4))
+    steps, noise, again = [999, 700, 40, 3, 0], noise_for([1, 2], (1, 4, 4)), noise_for([1, 2], (1, 4, 4))
     for t, t_prev in zip(steps, steps[1:] + [-1]):
-        fresh = noise() if eta and t_prev >= 0 else None
-        x = ddim_step(x, wavy(x, t).clamp(-1, 1), t, t_prev, COSINE, eta, fresh)
-    again = noise_for([1, 2], (1, 4, 4))
+        x = ddim_step(x, wavy(x, t), t, t_prev, COSINE, eta, noise())
     torch.testing.assert_close(sample(wavy, x_T, steps, COSINE, method, noise=again), x)
 
 
@@ -179,48 +146,27 @@ def test_dpm_is_algorithm_2_of_its_paper():
     torch.testing.assert_close(sample(wavy, x_T, steps, COSINE), wavy(x, steps[-1]))
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("spacing", SPACINGS)
-def test_an_oracle_is_sampled_exactly(method, spacing):
-    x_start = images(2, 3, 4, 6, dtype=torch.float32)
-    for num_steps in 1, 2, 7, 50, 1000:
-        draw, calls = noise_for([5, 6], (3, 4, 6)), []
-
-        def oracle(x, t):
-            assert type(t) is int and x.isfinite().all()
-            calls.append(t)
-            return x_start
-
-        steps = timesteps(1000, num_steps, spacing)
-        assert torch.equal(sample(oracle, draw(), steps, COSINE, method, noise=draw), x_start)
-        assert calls == steps                                   # each step once, in order
-
-
 def test_ddim_and_dpm_converge_to_the_solution_for_gaussian_data():
     std, a_T, x_T = 0.5, COSINE[-1].item(), torch.ones(1, 1, 1, 1, dtype=torch.float64)
     exact = std / math.sqrt(a_T * std ** 2 + 1 - a_T)           # the flow maps quantiles to quantiles
 
-    def errors(method):
-        return [abs(sample(gaussian_denoiser(std), x_T, timesteps(1000, n), COSINE, method).item() - exact)
-                for n in (10, 30, 100, 1000)]
+    def ideal(x, t):
+        """x_0 = E[x_0 | x_t] of data ~ N(0, std^2)."""
+        a = COSINE[t].item()
+        return a ** 0.5 * std ** 2 / (a * std ** 2 + 1 - a) * x
 
-    ddim, dpm = errors("ddim"), errors("dpm++")
-    assert ddim == sorted(ddim, reverse=True) and dpm[0] > dpm[1] > dpm[2] and max(ddim[-1], dpm[-1]) < 1e-3
-    assert dpm[1] < ddim[1] / 5                                 # second order pays
-
-
-def test_ddpm_reaches_the_variance_of_gaussian_data():
-    draw, steps = noise_for([1], (1, 128, 128)), timesteps(1000, 250, "even")
-    x = sample(gaussian_denoiser(0.3), draw(), steps, COSINE, "ddpm", noise=draw)
-    assert x.std().item() == pytest.approx(0.3, rel=0.04)
+    ddim, dpm = ([abs(sample(ideal, x_T, timesteps(1000, n), COSINE, method).item() - exact)
+                  for n in (10, 30, 1000)] for method in ("ddim", "dpm++"))
+    assert ddim[0] > ddim[1] > ddim[2] < 1e-3 > dpm[2] and dpm[1] < ddim[1] / 5         # second order pays
 
 
-def test_predictions_are_clipped_need_no_gradient_and_keep_the_dtype():
-    x_T, weight = images(1, 1, 4, 4), torch.ones((), requires_grad=True)
-    assert (sample(lambda x, t: x_T * 0 + 3, x_T, [9, 4, 0], COSINE, limits=(-1, 1)) == 1).all()
-    assert (sample(lambda x, t: x_T * 0 + 3, x_T, [9, 4, 0], COSINE) == 3).all()
-    x = sample(lambda x, t: (weight * x).bfloat16(), torch.ones(1, 1, 2, 2), [5, 0], COSINE)
-    assert not x.requires_grad and x.dtype == torch.float32
+@pytest.mark.parametrize("method", METHODS)
+def test_an_oracle_is_sampled_exactly_within_limits_without_gradient_in_its_dtype(method):
+    noise, three = noise_for([1], (1, 4, 4)), torch.tensor(3.0, requires_grad=True)
+    for limits, answer in ((-1, 1), 1), (None, 3):
+        for steps in [999], [999, 0], timesteps(1000, 7):
+            x = sample(lambda x, t: (three + 0 * x).bfloat16(), noise(), steps, COSINE, method, noise, limits)
+            assert (x == answer).all() and not x.requires_grad and x.dtype == torch.float32
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -228,24 +174,21 @@ def test_samplers_agree_with_diffusers_step_by_step(method):
     schedulers = pytest.importorskip("diffusers")
     betas = torch.cat([1 - COSINE[:1], 1 - COSINE[1:] / COSINE[:-1]]).numpy()
     settings = dict(num_train_timesteps=1000, trained_betas=betas, prediction_type="sample")
-    if method == "dpm++":
-        theirs = schedulers.DPMSolverMultistepScheduler(**settings, final_sigmas_type="zero")
-    else:
-        name = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler"}[method]
-        theirs = getattr(schedulers, name)(**settings, clip_sample=False)
+    theirs = {"dpm++": lambda: schedulers.DPMSolverMultistepScheduler(**settings, final_sigmas_type="zero"),
+              "ddim": lambda: schedulers.DDIMScheduler(**settings, clip_sample=False),
+              "ddpm": lambda: schedulers.DDPMScheduler(**settings, clip_sample=False)}[method]()
     theirs.set_timesteps(20)
     released = schedulers.DDIMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod
     torch.testing.assert_close(released, COSINE.float(), rtol=1e-3, atol=1e-5)      # theirs is float32
 
     x = x_T = torch.randn(2, 1, 8, 8, generator=rng(3))
-    draws, ours, expected = torch.Generator().manual_seed(4), [], []
+    (generator, again), ours, expected = (rng(4), rng(4)), [], []
     for t in theirs.timesteps:
         expected.append(x)
-        random = {} if method == "dpm++" else {"generator": draws}
+        random = {} if method == "dpm++" else {"generator": generator}
         x = theirs.step(wavy(x, t.item()), t, x, **random).prev_sample
-    draws = torch.Generator().manual_seed(4)
     x_0 = sample(wavy, x_T, theirs.timesteps.tolist(), COSINE, method,
-                 noise=lambda: torch.randn(x_T.shape, generator=draws),
+                 noise=lambda: torch.randn(x_T.shape, generator=again),
                  on_step=lambda t, x_t, pred_x_start: ours.append(x_t))
     torch.testing.assert_close(torch.stack([*ours, x_0]), torch.stack([*expected, x]), rtol=0, atol=1e-4)
 
@@ -256,10 +199,7 @@ def test_rng_is_a_function_of_its_arguments_and_of_nothing_else():
     def first(*key):
         return torch.randint(2 ** 62, (1,), generator=rng(*key)).item()
 
-    torch.manual_seed(1)
-    once = first(17, 3)
-    torch.manual_seed(2)
-    assert first(17, 3) == once == 321534693156879517       # every published picture hangs on it
+    assert first(17, 3) == 321534693156879517                   # every published picture hangs on it
     keys = [(), (0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (1, 2), (2, 1), (-1,)]
     assert len({first(seed, *salt) for seed in range(300) for salt in keys}) == 300 * len(keys)
 
@@ -273,31 +213,26 @@ def test_neighbouring_streams_are_uncorrelated():
 def test_an_image_has_the_same_noise_alone_and_in_a_batch_call_after_call():
     batch, alone, other = (noise_for(seeds, (2, 8, 8)) for seeds in (range(16, 20), [17], [19, 17]))
     draws = [batch() for _ in range(3)]
+    assert draws[0].shape == (4, 2, 8, 8) and not torch.equal(draws[0], draws[1])
     for noise in draws:
-        assert noise.shape == (4, 2, 8, 8) and noise.dtype == torch.float32
-        assert torch.equal(alone()[0], noise[1])
-        assert torch.equal(other(), noise[[3, 1]])
-    assert not torch.equal(draws[0], draws[1])
+        assert torch.equal(alone()[0], noise[1]) and torch.equal(other(), noise[[3, 1]])
 
 
 # --- messages and the command ---
 
 @pytest.mark.parametrize("call, words", [
     (lambda: schedule(0), "T is 0"),
-    (lambda: timesteps(10, 11), "num_steps is 11.*pass 1 to 10"),
-    (lambda: timesteps(10, 0), "pass 1 to 10"),
+    (lambda: timesteps(10, 11), "num_steps is 11.*pass 1 to 10"), (lambda: timesteps(10, 0), "pass 1 to 10"),
     (lambda: timesteps(10, 5, "log"), "spacing is 'log', but there are only logsnr, even"),
-    (lambda: diffusion.target_of(None, None, 0, COSINE, "x"), "x0, v"),
     (lambda: diffusion.to_x_start(None, None, 0, COSINE, "x"), "x0, v"),
-    (lambda: sample(None, torch.zeros(1), [1, 0], COSINE, "euler"), r"dpm\+\+, ddim, ddpm"),
-])
+    (lambda: sample(None, torch.zeros(1), [1, 0], COSINE, "euler"), r"dpm\+\+, ddim, ddpm")])
 def test_mistakes_are_answered_with_what_exists(call, words):
     with pytest.raises(ValueError, match=words):
         call()
 
 
 def test_the_command_prints_where_the_switch_falls(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", "diffusion.py --num-steps 5 --switch-t 400 --spacing even".split())
+    monkeypatch.setattr("sys.argv", "diffusion.py --num-steps 5 --switch-t 500 --spacing even".split())
     diffusion.main()
     head, *rows, calls = capsys.readouterr().out.splitlines()
     cells = [row.split() for row in rows]

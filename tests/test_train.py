@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -13,78 +14,78 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import train
-from commands import AT_CALL, program
-from conftest import ROOT, TINY, make_data, picture, run
-from datasets import open_dataset, write_classes
+from commands import program
+from conftest import ROOT, TINY, make_data, picture
+from datasets import open_dataset, write_classes, write_pair
 from defect_gen import STAGES, Joint, checkpoints, load_stage
 from diffusion import rng
 from inspect_rules import read_json
+
+
+def command(data, out, *more):
+    return ["--stage", "small", "--data", str(data), "--out", str(out), *TINY, *map(str, more)]
 
 
 def go(*flags):
     return train.train(train.parse_args([*map(str, flags)]))
 
 
-def log_of(folder):
-    with (folder / "log.csv").open() as file:
+@pytest.fixture
+def fit(data, tmp_path):
+    """fit("a", *flags) trains the small stage, unless flags say another, into the run tmp_path / "a"."""
+    def fit(name, *flags):
+        go(*command(data, tmp_path / name, *flags))
+        return tmp_path / name
+    return fit
+
+
+def log_of(run, stage="small"):
+    with (run / stage / "log.csv").open() as file:
         return list(csv.DictReader(file))
 
 
-def assert_same(out, wanted, atol=0.0):
-    """The small stages of two runs: the same weights, averages and optimiser."""
-    ours, theirs = (load_stage(folder / "small", "small") for folder in (out, wanted))
-    assert ours["step"] == theirs["step"]
-    for part in ("model", "ema"):
+def assert_same(run, wanted, atol=0.0):
+    """The small stages of two runs: the same weights, averages, optimiser, and log but for its speed."""
+    ours, theirs = (load_stage(folder / "small", "small") for folder in (run, wanted))
+    for part in ("step", "model", "ema", "optimizer"):
         torch.testing.assert_close(ours[part], theirs[part], rtol=0, atol=atol)
-    for key, state in ours["optimizer"]["state"].items():
-        torch.testing.assert_close(state, theirs["optimizer"]["state"][key], rtol=0, atol=atol)
-
-
-def assert_same_log(out, wanted, stops=()):
-    """The same log but for its speed, with a row more at each of `stops`, which splits a mean loss in two."""
-    ours, theirs = log_of(out / "small"), log_of(wanted / "small")
-    steps = [int(row["step"]) for row in theirs]
-    assert [int(row["step"]) for row in ours] == sorted({*steps, *stops})
-    before = last = total = 0
-    for row in ours:
-        step, loss = int(row["step"]), float(row["loss"])
-        total, last = total + loss * (step - last), step
-        if step in steps:
-            other = theirs[steps.index(step)]
-            assert total / (step - before) == pytest.approx(float(other["loss"]), abs=2e-6)
-            split = [stop for stop in stops if before < stop < step]
-            same = ["lr", "grad_norm"] if split else [name for name in row if name != "images_per_s"]
-            assert all(row[name] == other[name] for name in same)
-            before, total = step, 0
+    for row, other in zip(log_of(run), log_of(wanted), strict=True):
+        for name in row.keys() - {"images_per_s"}:
+            value, wanted_value = (float(cells[name] or -1) for cells in (row, other))
+            assert value == pytest.approx(wanted_value, rel=0, abs=min(atol, 2e-6)), name
 
 
 # --- what is learned ---
 
-@pytest.mark.parametrize("augment", [[], ["--augment", "flip", "turn"]])
-def test_9_steps_and_11_more_are_20_bit_for_bit(data, tmp_path, augment):
-    flags = ["--stage", "small", "--data", data, *TINY, "--save-every", 4, *augment]
-    go(*flags, "--out", tmp_path / "whole", "--steps", 20)
-    go(*flags, "--out", tmp_path / "parts", "--steps", 9)
-    go(*flags, "--out", tmp_path / "parts", "--steps", 20, "--resume")
-    assert_same(tmp_path / "parts", tmp_path / "whole")
-    assert_same_log(tmp_path / "parts", tmp_path / "whole", stops=[9])
+def test_10_steps_and_10_more_are_20_bit_for_bit_however_a_checkpoint_lies_in_memory(fit):
+    """Fused AdamW reads weights and averages in the order of memory; ours are saved channels last."""
+    flags = ["--save-every", 4, "--augment", "flip", "turn"]
+    whole, parts = fit("whole", "--steps", 20, *flags), fit("parts", "--steps", 10, *flags)
+    path = checkpoints(parts / "small")[10]
+    checkpoint = torch.load(path, weights_only=True)
+    states = checkpoint["optimizer"]["state"].values()
+    assert not all(state["exp_avg"].is_contiguous() for state in states)
+    for state in states:
+        state.update({name: state[name].contiguous() for name in ("exp_avg", "exp_avg_sq")})
+    torch.save(checkpoint, path)
+    assert_same(fit("parts", "--steps", 20, *flags, "--resume"), whole)
 
 
-def test_augmentation_is_stored_and_changes_what_is_learned(data, tmp_path, capsys):
-    flags, weights = ["--stage", "small", "--data", data, *TINY], []
-    for name, extra in {"plain": [], "augmented": ["--augment", "flip"]}.items():
-        go(*flags, "--out", tmp_path / name, *extra)
-        checkpoint = load_stage(tmp_path / name / "small", "small")
-        weights.append(torch.cat([value.flatten() for value in checkpoint["model"].values()]))
-    assert not torch.equal(*weights) and checkpoint["config"]["augment"] == ["flip"]
-    with pytest.raises(ValueError, match=r"augment was \['flip'\] and is \[\]"):
-        go(*flags, "--out", tmp_path / "augmented", "--resume", "--steps", 6)
-    with pytest.raises(SystemExit):
-        train.parse_args(["--stage", "small", "--augment", "flip", "spin"])
-    assert "invalid choice: 'spin'" in capsys.readouterr().err
+def test_averages_and_learning_rate_warm_up_and_the_log_has_the_norm_before_clipping(fit, monkeypatch):
+    kept, save, norms, clip = [], train.save_stage, [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(train, "save_stage", lambda *a: kept.extend(a[2].parameters()) or save(*a))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: norms.append(clip(*a)) or norms[-1])
+    run = fit("run", "--steps", 5, "--save-every", 1, "--keep", 3)
+    assert list(checkpoints(run / "small")) == [3, 4, 5]
+    old, new = (load_stage(run / "small", "small", step) for step in (4, 5))
+    for key, average in new["ema"].items():
+        wanted = old["ema"][key].lerp(new["model"][key], 1 - 5 / 14)            # step 4: (1 + 4) / (10 + 4)
+        torch.testing.assert_close(average, wanted, rtol=0, atol=3e-7)
+    assert not any(p.requires_grad or p.grad_fn for p in kept)  # else memory grows with each step
+    assert [float(row["lr"]) for row in log_of(run)] == pytest.approx([n / 50 * 1e-3 for n in range(1, 6)])
+    assert [row["grad_norm"] for row in log_of(run)] == [f"{norm:.4g}" for norm in norms]
 
 
 def test_every_image_comes_up_equally_often_whatever_the_batch():
@@ -94,85 +95,66 @@ def test_every_image_comes_up_equally_often_whatever_the_batch():
     assert stream != train.order(7, 0, 70, seed=4)
 
 
-def batches(data, steps, *flags, share=slice(None)):
-    """Of steps 3 to 3 + steps - 1."""
-    args = train.parse_args(["--stage", "small", "--batch-size", "6", "--steps", str(3 + steps), *flags])
-    return list(train.batches(open_dataset(data, (16, 16)), 3, args, torch.device("cpu"), share))
+def test_a_batch_is_the_same_in_shares_and_through_the_workers_for_large_data(data, monkeypatch, capsys):
+    def batches(share=slice(None), indices=range(15)):
+        dataset = open_dataset(data, (16, 16), "train").subset(indices)
+        flags = command(data, "", "--batch-size", 6, "--steps", 6, "--augment", "flip", "turn")
+        return list(train.batches(dataset, 3, train.parse_args(flags), torch.device("cpu"), share))
 
-
-def test_large_data_come_through_workers_in_the_same_order(data, monkeypatch, capsys):
-    in_memory = batches(data, 3, "--augment", "flip")
+    one_image = batches(indices=[0])[0][0]
+    assert (one_image != one_image[:1]).any()                   # not all augmented alike
+    augmented, share = batches(), batches(share=slice(4, 6))
     monkeypatch.setattr(train, "MEMORY_LIMIT", 0)
-    for ours, loaded in zip(in_memory, batches(data, 3, "--augment", "flip"), strict=True):
-        assert all(map(torch.equal, ours, loaded)) and [part.dtype for part in loaded] == [torch.uint8] * 2
+    loaded = batches()
     assert "loaded by worker processes" in capsys.readouterr().out
+    for whole, part, other in zip(augmented, share, loaded, strict=True):
+        assert all(torch.equal(a[4:], b) and torch.equal(a, c) and c.dtype == torch.uint8
+                   for a, b, c in zip(whole, part, other))
 
 
-def test_an_image_is_augmented_alike_in_any_share(data):
-    plain, augmented = batches(data, 1), batches(data, 1, "--augment", "flip", "turn")
-    assert not torch.equal(plain[0][0], augmented[0][0])
-    share = batches(data, 1, "--augment", "flip", "turn", share=slice(4, 6))
-    assert all(torch.equal(part, whole[4:]) for part, whole in zip(share[0], augmented[0]))
-
-
-@pytest.mark.parametrize("stage, low, high", [("large", 350, 1000), ("small", 0, 450)])
-def test_a_stage_trains_at_its_own_timesteps_only(data, tmp_path, monkeypatch, stage, low, high):
+@pytest.mark.parametrize("stage, low, high, empty", [
+    ("large", 350, 1000, ["loss_q1"]), ("small", 0, 450, ["loss_q3", "loss_q4"])])
+def test_a_stage_trains_at_its_own_timesteps_only(fit, monkeypatch, stage, low, high, empty):
     seen, drawn_at, loss, sample = [], [], train.training_loss, train.sample
-
-    def watched(net, x_start, t, *rest):
-        seen.extend(t.tolist())
-        return loss(net, x_start, t, *rest)
-
-    def watched_sample(denoise, x_T, steps, *rest, **limits):
-        drawn_at.extend(steps)
-        return sample(denoise, x_T, steps, *rest, **limits)
-
-    monkeypatch.setattr(train, "training_loss", watched)
-    monkeypatch.setattr(train, "sample", watched_sample)
-    flags = ["--stage", stage, "--data", data, "--out", tmp_path, *TINY, "--steps", 2, "--batch-size", 128]
-    go(*flags)
+    monkeypatch.setattr(train, "training_loss", lambda *a: seen.extend(a[2].tolist()) or loss(*a))
+    monkeypatch.setattr(train, "sample", lambda *a, **how: drawn_at.extend(a[2]) or sample(*a, **how))
+    run = fit("run", "--stage", stage, "--size", 8, 8, "--steps", 2, "--batch-size", 128)
     assert len(seen) == 256 and low <= min(seen) < low + 25 and high - 25 <= max(seen) < high
-    assert low <= min(drawn_at) and max(drawn_at) < high
-    assert load_stage(tmp_path / stage, stage)["config"]["t_range"] == [low, high]
-    missing = [name for name in train.QUARTERS if not log_of(tmp_path / stage)[0][name]]
-    assert missing == (["loss_q1"] if stage == "large" else ["loss_q3", "loss_q4"])
-    with pytest.raises(ValueError, match=rf"t_range was \[{low}, {high}\] and is \[0, 1000\]"):
-        go(*flags, "--t-range", "full", "--resume", "--steps", 6)
+    assert seen[:128] != seen[128:]                             # fresh ones in each step
+    assert low <= min(drawn_at) and max(drawn_at) < high        # the preview
+    assert load_stage(run / stage, stage)["config"]["t_range"] == [low, high]
+    assert [name for name in train.QUARTERS if not log_of(run, stage)[0][name]] == empty
 
 
 def test_windows_are_random_and_as_many_hold_a_defect_as_was_asked():
     mask = torch.zeros(20, 30, dtype=torch.uint8)
     mask[3:5, 25:28] = 1
 
-    def windows(side, share, count=400):
+    def windows(side, share):
+        """({corner}, share that holds a defect) of 400"""
         random = rng(0)
-        return [train.window(mask, side, share, random) for _ in range(count)]
+        found = [tuple(train.window(mask, side, share, random)) for _ in range(400)]
+        assert all(mask[window].shape == (side, side) for window in found)
+        corners = {(rows.start, columns.start) for rows, columns in found}
+        return corners, sum(bool(mask[window].any()) for window in found) / 400
 
-    for side in (1, 8, 20):
-        found = windows(side, 1.0)
-        assert all(mask[rows, columns].any() and mask[rows, columns].shape == (side, side)
-                   for rows, columns in found)
-        assert len({(rows.start, columns.start) for rows, columns in found}) >= (6 if side == 1 else 5)
-    anywhere = [(rows.start, columns.start) for rows, columns in windows(8, 0.0)]
-    assert (min(anywhere), max(anywhere)) == ((0, 0), (12, 22))
-    some = sum(bool(mask[rows, columns].any()) for rows, columns in windows(8, 0.5)) / 400
-    by_chance = sum(bool(mask[rows, columns].any()) for rows, columns in windows(8, 0.0)) / 400
-    assert some == pytest.approx(0.5 + 0.5 * by_chance, abs=0.08)
+    for side, places in (1, 6), (8, 5), (20, 5):
+        corners, share = windows(side, 1.0)
+        assert share == 1 and len(corners) >= places
+    corners, by_chance = windows(8, 0.0)
+    assert (min(corners), max(corners)) == ((0, 0), (12, 22))
+    assert windows(8, 0.5)[1] == pytest.approx(0.5 + 0.5 * by_chance, abs=0.08)
     assert train.window(mask, 24, 1.0, rng(0))[0] == slice(0, 24)               # higher than the photo
 
 
-def test_a_stage_trains_on_windows_of_its_photos(data, tmp_path, capsys):
-    flags = ["--stage", "small", "--data", data, "--out", tmp_path, *TINY, "--size", 32, 48, "--crop", 16]
-    args = train.parse_args([str(flag) for flag in flags])
-    dataset = open_dataset(data, (32, 48), "train")
-    (images, masks), *_ = train.batches(dataset.subset(dataset.defective()), 0, args, torch.device("cpu"))
-    assert images.shape == (2, 3, 16, 16) and masks.shape == (2, 16, 16)
-    go(*flags)
+def test_a_stage_trains_on_windows_and_draws_whole_pictures(fit, monkeypatch, capsys):
+    shapes, loss = [], train.training_loss
+    monkeypatch.setattr(train, "training_loss", lambda *a: shapes.append(tuple(a[1].shape)) or loss(*a))
+    run = fit("run", "--size", 32, 48, "--crop", 16)
+    assert shapes == [(2, 6, 16, 16)] * 4
     assert "sees 45 px of 32x48 in windows of 16 px" in (said := capsys.readouterr().out)
     assert "warning: the network sees more than a window" in said
-    assert picture(tmp_path / "small/samples_000004.png").shape[1] > 8 * 48      # pictures of the whole
-    with pytest.raises(ValueError, match="--crop 15: the net halves it 1 times, use multiples of 2"):
-        go(*flags[:-1], 15, "--resume")
+    assert picture(run / "small/samples_000004.png").shape[1] > 8 * 48
 
 
 def test_soft_masks_hold_the_share_of_each_class_in_a_pixel(data, tmp_path):
@@ -181,55 +163,16 @@ def test_soft_masks_hold_the_share_of_each_class_in_a_pixel(data, tmp_path):
     x_start = train.encode(joint, torch.zeros(1, 3, 8, 8), masks, {"soft_masks": True})
     assert x_start.shape == (1, 6, 2, 2)
     assert x_start[0, 3:, 0, 0].tolist() == [0, 0, -1] and (x_start[0, 4].flatten()[1:] == -1).all()
-    go("--stage", "large", "--data", data, "--out", tmp_path, *TINY, "--soft-masks")
-    assert load_stage(tmp_path / "large", "large")["config"]["size"] == [16, 16]
-    assert picture(tmp_path / "large/samples_000004.png").shape[1] > 8 * 16
+    dataset, _, config, _ = train.prepare(train.parse_args(command(data, tmp_path, "--soft-masks")), 1)
+    assert config["size"] == [16, 16] and dataset.size == (64, 64)
 
 
-def test_presets_say_what_each_stage_gets():
-    large, small = (train.parse_args(["--stage", stage, "--preset", "laptop"]) for stage in STAGES)
-    assert (large.size, large.crop, large.t_range) == ((64, 64), None, "full")
-    assert (small.size, small.crop, small.t_range) == ((256, 256), 96, "own")
-    assert train.parse_args(["--stage", "small", "--preset", "laptop", "--crop", "64"]).crop == 64
-
-
-@pytest.mark.parametrize("depth, multipliers", [(0, [1]), (1, [1, 2]), (3, [1, 2, 2, 2])])
-def test_depth_takes_levels_away_or_repeats_the_widest(data, tmp_path, depth, multipliers):
-    go("--stage", "small", "--data", data, "--out", tmp_path, *TINY, "--steps", 1, "--depth", depth)
-    assert load_stage(tmp_path / "small", "small")["network"]["multipliers"] == multipliers
-
-
-def test_a_single_grey_image_trains(tmp_path):
-    for path, value in (("image/crack/0.png", 90), ("mask/crack/0_mask.png", 1)):
-        (tmp_path / path).parent.mkdir(parents=True)
-        Image.fromarray(np.full((16, 16), value, np.uint8)).save(tmp_path / path)
-    write_classes(tmp_path, ("background", "crack"))
-    go("--stage", "small", "--data", tmp_path, "--out", tmp_path / "run", *TINY)
-    assert load_stage(tmp_path / "run/small", "small")["config"]["channels"] == 1
-
-
-def test_the_average_keeps_no_graph(data, tmp_path, monkeypatch):
-    kept, save = [], train.save_stage
-    monkeypatch.setattr(train, "save_stage", lambda *a: kept.extend(a[2].parameters()) or save(*a))
-    go("--stage", "small", "--data", data, "--out", tmp_path, *TINY)
-    assert kept and not any(p.requires_grad or p.grad_fn for p in kept)     # else memory grows with each step
-
-
-def test_a_checkpoint_with_another_memory_layout_resumes_the_same(data, tmp_path):
-    """Fused AdamW reads weights and averages in the order of memory; ours are saved channels last."""
-    flags = ["--stage", "small", "--data", data, *TINY]
-    go(*flags, "--out", tmp_path / "a")
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    path = tmp_path / "b/small/step_000004.pt"
-    checkpoint = torch.load(path, weights_only=True)
-    states = checkpoint["optimizer"]["state"].values()
-    assert not all(state["exp_avg"].is_contiguous() for state in states)
-    for state in states:
-        state.update({name: state[name].contiguous() for name in ("exp_avg", "exp_avg_sq")})
-    torch.save(checkpoint, path)
-    for name in "ab":
-        go(*flags, "--out", tmp_path / name, "--steps", 8, "--resume")
-    assert_same(tmp_path / "a", tmp_path / "b")
+def test_flags_win_over_the_preset_and_depth_takes_levels_away_or_repeats_the_widest(data, tmp_path):
+    laptop = [train.parse_args(["--stage", stage, "--preset", "laptop", "--lr", "2"]) for stage in STAGES]
+    assert [(args.size, args.crop, args.lr) for args in laptop] == [((64, 64), None, 2), ((256, 256), 96, 2)]
+    for depth, multipliers in (0, [1]), (1, [1, 2]), (3, [1, 2, 2, 2]):
+        args = train.parse_args(command(data, tmp_path, "--depth", depth))
+        assert list(train.prepare(args, 1)[1]["multipliers"]) == multipliers
 
 
 # --- what a run leaves, and what it refuses ---
@@ -242,90 +185,66 @@ def test_what_a_run_leaves_behind(trained):
     assert config["classes"] == ["background", "crack", "dirt"] and config["size"] == [16, 16]
     assert len(config["images"]) == 10                              # no good ones
     assert config == json.loads(json.dumps(load_stage(folder, "large")["config"]))
-    row = log_of(folder)[0]
+    row = log_of(trained, "large")[0]
     assert list(row) == train.COLUMNS and float(row["loss"]) > 0
 
 
-def test_the_log_has_the_gradient_norm_before_clipping(data, tmp_path, monkeypatch):
-    norms, clip = [], torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: norms.append(clip(*a)) or norms[-1])
-    go("--stage", "small", "--data", data, "--out", tmp_path, *TINY)
-    assert [row["grad_norm"] for row in log_of(tmp_path / "small")] == [f"{norms[i]:.4g}" for i in (1, 3)]
-
-
-def test_keep_says_how_many_checkpoints_stay(data, tmp_path):
-    flags = [*TINY, "--steps", 5, "--save-every", 1, "--keep", 3]
-    go("--stage", "small", "--data", data, "--out", tmp_path, *flags)
-    assert list(checkpoints(tmp_path / "small")) == [3, 4, 5]
-
-
-def test_the_next_command_is_named(data, tmp_path, capsys):
+def test_a_single_grey_image_trains_and_the_next_command_is_named(tmp_path, capsys):
+    write_pair(tmp_path, "0", np.full((1, 16, 16), 90, np.uint8), np.ones((16, 16), np.uint8), "crack")
+    write_classes(tmp_path, ("background", "crack"))
     for stage, following in (("small", "the same command with --stage large"), ("large", "python sample.py")):
-        go("--stage", stage, "--data", data, "--out", tmp_path, *TINY, "--steps", 1)
+        go(*command(tmp_path, tmp_path / "run", "--stage", stage, "--steps", 1, "--soft-masks"))
+        assert load_stage(tmp_path / "run" / stage, stage)["config"]["channels"] == 1
         assert f"next: {following}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--size", "18", "16"], "18x16"), (["--size", "16", "20"], "16x20"), (["--lr", "-1"], "--lr is -1"),
+    (["--size", "18", "16"], "18x16"), (["--steps", "0"], "--steps is 0"), (["--lr", "-1"], "--lr is -1"),
     (["--data", "nowhere"], "no such folder"), (["--data", "drawn:tablet"], "unknown drawn object"),
-    (["--split", "val"], "no split 'val'; there are train, test"), (["--steps", "0"], "--steps is 0"),
-    (["--device", "nothing"], "--device nothing"), (["--resume"], "no checkpoint of the large stage"),
-    (["--batch-size", "4", "--accumulate", "3"], "--batch-size 4 does not divide into 3 equal parts")])
+    (["--split", "val"], "no split 'val'; there are train, test"), (["--device", "gpu"], "--device gpu"),
+    (["--resume"], "no checkpoint of the large stage"), (["--defect-share", "2"], "--defect-share is 2.0"),
+    (["--batch-size", "4", "--accumulate", "3"], "--batch-size 4 does not divide into 3 equal parts"),
+    (["--crop", "16"], "--crop is for the small stage"),
+    (["--stage", "small", "--crop", "15"], "--crop 15: the net halves it 1 times, use multiples of 2")])
 def test_bad_flags_are_one_sentence_and_leave_no_folder(data, tmp_path, flags, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        go("--stage", "large", "--data", data, "--out", tmp_path / "run", *TINY, *flags)
+        go(*command(data, tmp_path / "run", "--stage", "large", *flags))
     assert not (tmp_path / "run").exists()
 
 
-def test_only_good_products_cannot_be_trained_on(tmp_path):
+def test_only_good_products_cannot_be_trained_on_and_say_so_without_a_traceback(tmp_path):
     make_data(tmp_path / "good", kinds=("good",))
-    with pytest.raises(ValueError, match="no photo has a defect to learn"):
-        go("--stage", "large", "--data", tmp_path / "good", "--out", tmp_path / "run", *TINY)
+    status, said = program().run("train.py", *command(tmp_path / "good", tmp_path / "run"))
+    assert status == 1 and "Traceback" not in said
+    assert said.splitlines()[-1].startswith("error: ") and "no photo has a defect to learn" in said
 
 
-def test_errors_reach_the_user_without_a_traceback(tmp_path):
-    result = run("train.py", "--stage", "large", "--data", tmp_path / "nowhere", "--out", tmp_path / "run")
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert result.stderr.startswith("error: ") and "no such folder" in result.stderr
-
-
-def test_a_finished_run_is_not_overwritten_and_other_settings_are_named(trained, data, tmp_path, capsys):
-    copy = shutil.copytree(trained, tmp_path / "run")
-    before = (copy / "large/step_000004.pt").read_bytes()
-    flags = ["--stage", "large", "--data", data, "--out", copy, *TINY]
+def test_a_run_is_not_overwritten_and_goes_on_with_the_same_settings_and_images(trained, data, tmp_path,
+                                                                                capsys):
+    run, moved = shutil.copytree(trained, tmp_path / "run"), shutil.copytree(data, tmp_path / "moved")
+    before = (run / "large/step_000004.pt").read_bytes()
+    flags = command(data, run, "--stage", "large")
     with pytest.raises(ValueError, match="large holds checkpoints: --resume continues them, another --out"):
         go(*flags)
-    with pytest.raises(ValueError, match="cannot resume with other settings: seed was 0 and is 1$"):
-        go(*flags, "--resume", "--lr", 0.5, "--seed", 1, "--save-every", 9, "--keep", 9, "--steps", 9)
-    go(*flags, "--resume")
+    changed = r"augment was \[\] and is \['flip'\]; t_range was .* and is \[0, 1000\]; seed was 0 and is 1$"
+    with pytest.raises(ValueError, match=f"cannot resume with other settings: {changed}"):
+        go(*flags, "--resume", "--augment", "flip", "--t-range", "full", "--seed", 1, "--lr", 1, "--keep", 9)
+    go(*flags, "--resume", "--data", moved)
     assert "has 4 steps already; raise --steps" in capsys.readouterr().out
-    assert (copy / "large/step_000004.pt").read_bytes() == before
-
-
-def test_data_may_move_but_other_images_are_noticed_on_resume(data, tmp_path):
-    copy = shutil.copytree(data, tmp_path / "bolt")
-    flags = ["--stage", "small", "--out", tmp_path / "run", *TINY]
-    go(*flags, "--data", data, "--steps", 2)
-    go(*flags, "--data", copy, "--resume")
-    for folder, end in (("image", ""), ("mask", "_mask")):
-        (copy / folder / f"crack/000{end}.png").rename(copy / folder / f"crack/900{end}.png")
+    for name in "image/crack/{}.png", "mask/crack/{}_mask.png":
+        (moved / name.format("000")).rename(moved / name.format("900"))
     with pytest.raises(ValueError, match="no longer names the 10 images of the start"):
-        go(*flags, "--data", copy, "--resume", "--steps", 6)
+        go(*flags, "--resume", "--data", moved)
+    assert (run / "large/step_000004.pt").read_bytes() == before
 
 
-def test_a_loss_or_gradient_that_is_no_number_stops_before_it_is_saved(data, tmp_path, monkeypatch):
-    loss, clip, calls = train.training_loss, torch.nn.utils.clip_grad_norm_, []
-    monkeypatch.setattr(train, "training_loss",
-                        lambda *a: calls.append(0) or loss(*a) * (math.nan if len(calls) > 2 else 1))
-    flags = ["--stage", "small", "--data", data, *TINY]
-    with pytest.raises(ValueError, match="at step 4 the loss is nan .* Try a lower --lr"):
-        go(*flags, "--out", tmp_path / "a")
-    assert list(checkpoints(tmp_path / "a/small")) == [2]
-    monkeypatch.setattr(train, "training_loss", loss)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: clip(*a) * float("inf"))
-    with pytest.raises(ValueError, match="at step 2 .* the gradient inf"):
-        go(*flags, "--out", tmp_path / "b")
-    assert not checkpoints(tmp_path / "b/small")
+def test_a_gradient_that_is_no_number_stops_before_it_is_saved(fit, tmp_path, monkeypatch):
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
+                        lambda *a: calls.append(0) or clip(*a) * (math.inf if len(calls) > 2 else 1))
+    with pytest.raises(ValueError, match="at step 4 .* the gradient inf; .* Try a lower --lr or --no-bf16"):
+        fit("run")
+    assert list(checkpoints(tmp_path / "run/small")) == [2]
 
 
 # --- one step in several parts ---
@@ -336,191 +255,151 @@ def unclipped(monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, most: torch.zeros(()))
 
 
-def test_micro_batches_are_the_same_step(data, tmp_path, monkeypatch, unclipped):
+def test_micro_batches_are_the_same_step(fit, monkeypatch, unclipped):
     sizes, loss = [], train.training_loss
     monkeypatch.setattr(train, "training_loss", lambda *a: sizes.append(len(a[1])) or loss(*a))
-    flags = ["--stage", "small", "--data", data, *TINY, "--batch-size", 4]
-    go(*flags, "--out", tmp_path / "whole")
-    go(*flags, "--out", tmp_path / "parts", "--steps", 2, "--accumulate", 4)
-    go(*flags, "--out", tmp_path / "parts", "--accumulate", 2, "--resume")
-    assert sizes == [4] * 4 + [1] * 8 + [2] * 4
-    assert_same(tmp_path / "parts", tmp_path / "whole", atol=1e-5)
+    whole, parts = fit("whole", "--batch-size", 4), fit("parts", "--batch-size", 4, "--accumulate", 2)
+    assert sizes == [4] * 4 + [2] * 8
+    assert_same(parts, whole, atol=1e-5)
 
 
-WORKER = """
-import os, runpy, sys
-sys.path.insert(0, {root!r})
-import datasets, defect_gen, torch
-torch.nn.utils.clip_grad_norm_ = lambda parameters, most: torch.zeros(())
-if os.environ["RANK"] == "1":                                   # only the first process writes
-    defect_gen.save_stage = datasets.write_json = datasets.write_image = None
-{fault}
-runpy.run_path({root!r} + "/train.py", run_name="__main__")
+# what a training command does to itself at the n-th call of its loss
+AT_CALL = """
+import diffusion, os, resource, signal
+loss, calls = diffusion.training_loss, []
+def faulty(*arguments):
+    calls.append(0)
+    if len(calls) == {call}:
+        {what}
+    return loss(*arguments)
+diffusion.training_loss = faulty
 """
-
-
-def torchrun(folder, *flags, fault=""):
-    """train.py without clipping in two processes: (exit status, output)."""
-    (folder / "worker.py").write_text(WORKER.format(root=str(ROOT), fault=fault))
-    return program().run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
-                         folder / "worker.py", *flags)
-
-
-def test_two_processes_are_one(data, tmp_path, unclipped):
-    flags = ["--stage", "small", "--data", data, *TINY, "--batch-size", 4, "--augment", "flip", "turn"]
-    go(*flags, "--out", tmp_path / "one")
-    status, said = torchrun(tmp_path, *flags, "--out", tmp_path / "two", "--accumulate", 2)
-    assert status == 0 and said.count("next: ") == said.count("parameters, sees") == 1, said
-    assert_same(tmp_path / "two", tmp_path / "one", atol=1e-5)
-    config = load_stage(tmp_path / "two/small", "small")["config"]
-    assert config["batch_size"] == 4 and config == read_json(tmp_path / "two/small/config.json")
-    for row, wanted in zip(log_of(tmp_path / "two/small"), log_of(tmp_path / "one/small"), strict=True):
-        for name in ("step", "lr", "loss", *train.QUARTERS):
-            assert float(row[name] or -1) == pytest.approx(float(wanted[name] or -1), abs=2e-6)
-
-
-def test_a_broken_loss_of_one_process_stops_all(data, tmp_path):
-    """Here the two are forked, with what torchrun would tell them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    broken = "return loss(*arguments) * float('nan' if os.environ['RANK'] == '1' else 1)"
-    told = dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    pids = [program().start("train.py", "--stage", "small", "--data", data, *TINY, "--out", tmp_path,
-                            fault=AT_CALL.format(call=4, what=broken), RANK=rank, LOCAL_RANK=rank, **told)
-            for rank in (0, 1)]
-    for pid in pids:
-        status, said = program().wait(pid)
-        assert status == 1 and "error: at step 4 the loss is nan" in said, said
-    assert list(checkpoints(tmp_path / "small")) == [2]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
-def test_a_run_survives_a_killed_process_and_goes_on_with_fewer(data, tmp_path, unclipped, name):
-    flags = ["--stage", "small", "--data", data, *TINY, "--batch-size", 4]
-    go(*flags, "--out", tmp_path / "whole", "--steps", 8)
-    go(*flags, "--out", tmp_path / "run", "--steps", 2)
-    fault = AT_CALL.format(call=4, what=f"os.environ['RANK'] == '1' and {kill(name)}")
-    more = ["--out", tmp_path / "run", "--steps", 8, "--resume"]
-    status, said = torchrun(tmp_path, *flags, *more, fault=fault)
-    assert status != 0 and name in said, said
-    assert load_stage(tmp_path / "run/small", "small")["step"] == 4         # step 5 is lost
-    go(*flags, *more)
-    assert_same(tmp_path / "run", tmp_path / "whole", atol=1e-5)
-    assert [row["step"] for row in log_of(tmp_path / "run/small")] == ["2", "4", "6", "8"]
-
-
-# --- what breaks: real signals, kills and full disks ---
-
-def command(data, out, *more):
-    return ["train.py", "--stage", "small", "--data", data, "--out", out, *TINY, "--steps", 26,
-            "--save-every", 12, *more]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(data, tmp_path_factory):
-    """A run of 26 steps that nothing happened to, and the seconds it took."""
-    out, start = tmp_path_factory.mktemp("undisturbed"), time.perf_counter()
-    status, said = program().run(*command(data, out))
-    assert status == 0, said
-    return out, min(5, time.perf_counter() - start)
+ONE_WRITES = """
+import os, datasets, defect_gen, torch
+torch.nn.utils.clip_grad_norm_ = lambda parameters, most: torch.zeros(())               # as in `unclipped`
+if os.environ["RANK"] == "1":
+    defect_gen.save_stage = datasets.write_json = datasets.write_image = None
+"""
 
 
 def kill(name):
     return f"os.kill(os.getpid(), signal.{name})"
 
 
-@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_signal_ends_training_with_a_checkpoint_that_goes_on(data, undisturbed, tmp_path, name, status):
-    for stop, resume in ((5, []), (16, ["--resume"])):      # the second hits the resumed run
-        fault = AT_CALL.format(call=stop - 5 * len(resume), what=kill(name))
-        ended, said = program().run(*command(data, tmp_path, *resume), fault=fault)
-        assert ended == status and f"stopped by {name}; continue with the same command and --" in said, said
-        assert "Traceback" not in said and list(checkpoints(tmp_path / "small"))[-1] == stop
-    ended, said = program().run(*command(data, tmp_path, "--resume"))
-    assert ended == 0, said
-    assert_same(tmp_path, undisturbed[0])
-    assert_same_log(tmp_path, undisturbed[0], stops=[5, 16])
+def two_processes(*flags, fault):
+    """[(exit status, output)] of train.py forked twice, with what torchrun would tell the two."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        told = dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free.getsockname()[1])
+    pids = [program().start("train.py", *flags, fault=fault, RANK=rank, LOCAL_RANK=rank, **told)
+            for rank in (0, 1)]
+    return [program().wait(pid) for pid in pids]
 
 
-@pytest.mark.parametrize("name, status, said", [("SIGINT", 1, "interrupted"), ("SIGTERM", -15, "")])
-def test_a_second_signal_stops_at_once(data, tmp_path, name, status, said):
-    twice = AT_CALL.format(call=14, what=f"{kill(name)}; {kill(name)}")
-    ended, output = program().run(*command(data, tmp_path), fault=twice)
-    assert ended == status and said in output and "Traceback" not in output
-    assert list(checkpoints(tmp_path / "small")) == [12]
+def test_two_processes_are_one(data, tmp_path, fit, unclipped):
+    flags = ["--batch-size", 4, "--augment", "flip", "turn"]
+    ended = two_processes(*command(data, tmp_path / "two", *flags, "--accumulate", 2), fault=ONE_WRITES)
+    assert [status for status, said in ended] == [0, 0], ended
+    assert [said.count("next: ") + said.count("parameters, sees") for status, said in ended] == [2, 0]
+    assert_same(tmp_path / "two", fit("one", *flags), atol=1e-5)
+    config = load_stage(tmp_path / "two/small", "small")["config"]
+    assert config["batch_size"] == 4 and config == read_json(tmp_path / "two/small/config.json")
 
 
-def test_ctrl_c_reaches_the_workers_of_the_loader_as_well(data, undisturbed, tmp_path):
-    go_on = "train.MEMORY_LIMIT = 0\ntrain.run_main(train.main)"
-    stop = "os.setpgrp()" + AT_CALL.format(call=5, what="os.killpg(0, signal.SIGINT)")
-    fault = f"import os, train\n{stop}train.training_loss = faulty\n{go_on}"
-    ended, said = program().run(*command(data, tmp_path), fault=fault)
-    assert ended == 130 and "Traceback" not in said, said
-    ended, said = program().run(*command(data, tmp_path, "--resume"), fault="import train\n" + go_on)
-    assert ended == 0, said
-    assert_same(tmp_path, undisturbed[0])
+def test_a_broken_loss_of_one_process_stops_all(data, tmp_path):
+    broken = "return loss(*arguments) * float('nan' if os.environ['RANK'] == '1' else 1)"
+    for status, said in two_processes(*command(data, tmp_path), fault=AT_CALL.format(call=4, what=broken)):
+        assert status == 1 and "error: at step 4 the loss is nan" in said, said
+    assert list(checkpoints(tmp_path / "small")) == [2]
 
 
-@pytest.mark.parametrize("moments", [4, pytest.param(20, marks=pytest.mark.slow)])
-def test_training_killed_at_random_moments_ends_with_the_same_bits(data, undisturbed, tmp_path, moments):
-    wanted, duration = undisturbed
-    draw = random.Random(moments)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+def test_a_run_survives_a_killed_process_of_torchrun_and_goes_on_with_fewer(data, tmp_path, fit, name):
+    fault = AT_CALL.format(call=4, what=f"os.environ['RANK'] == '1' and {kill(name)}")
+    (tmp_path / "worker.py").write_text(f"{fault}\nimport train\ntrain.run_main(train.main)")
+    fit("run", "--batch-size", 4, "--steps", 2)
+    more = ["--batch-size", 4, "--steps", 8, "--resume"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+    status, said = program().run(*torchrun, tmp_path / "worker.py", *command(data, tmp_path / "run", *more),
+                                 PYTHONPATH=ROOT)
+    assert status != 0 and name in said, said
+    assert load_stage(tmp_path / "run/small", "small")["step"] == 4         # step 5 is lost
+    assert_same(fit("run", *more), fit("whole", "--batch-size", 4, "--steps", 8), atol=1e-5)
 
-    def resume():
-        return ["--resume"] * bool(checkpoints(tmp_path / "small"))
 
-    for _ in range(moments):
-        pid = program().start(*command(data, tmp_path, *resume()))
-        time.sleep(draw.uniform(0.1, 0.9) * duration)
-        os.kill(pid, signal.SIGKILL)
-        status, said = program().wait(pid)
-        assert status in (0, -signal.SIGKILL), said
-        if resume():
-            assert load_stage(tmp_path / "small", "small")["step"] in (12, 24, 26)
-        if status == 0:
-            assert_same(tmp_path, wanted)
-            shutil.rmtree(tmp_path / "small")
-    status, said = program().run(*command(data, tmp_path, *resume()))
+# --- what breaks: real signals, kills and full disks ---
+
+def long(data, out, *more):
+    return ["train.py", *command(data, out, "--steps", 14, "--save-every", 6, *more)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    """A run of 14 steps that nothing happened to, and the seconds it took."""
+    out, start = tmp_path_factory.mktemp("undisturbed"), time.perf_counter()
+    status, said = program().run(*long(data, out))
     assert status == 0, said
-    assert_same(tmp_path, wanted)
-    assert_same_log(tmp_path, wanted)
-    assert not list((tmp_path / "small").glob(".*"))
+    return out, time.perf_counter() - start
 
 
 HALF = """
 import os, signal, torch
 def save(checkpoint, path, whole=torch.save):
     whole(checkpoint, path)
-    if checkpoint["step"] == 24:
+    if checkpoint["step"] == 12:
         os.truncate(path, os.path.getsize(path) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 torch.save = save
 """
-FULL = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))"
-READ_ONLY = """
+FULL = AT_CALL.format(call=7, what="resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))")
+WITH_WORKERS = f"""
 import os
-def refuse(old, new, replace=os.replace):
-    if str(new).endswith("24.pt"):
-        raise PermissionError(13, "Permission denied")
-    replace(old, new)
-os.replace = refuse
+os.setpgrp()
+{AT_CALL.format(call=10, what="os.killpg(0, signal.SIGINT)")}
+import train
+train.MEMORY_LIMIT, train.training_loss = 0, faulty
+train.run_main(train.main)
 """
 
 
-@pytest.mark.parametrize("fault, status", [(HALF, -9), (FULL, 1), (READ_ONLY, 1)],
-                         ids=["killed", "full", "read-only"])
-def test_a_checkpoint_that_is_not_written_leaves_the_old_one(data, undisturbed, tmp_path, fault, status):
-    assert program().run(*command(data, tmp_path, "--steps", 12))[0] == 0
-    ended, said = program().run(*command(data, tmp_path, "--resume"), fault=fault)
-    assert ended == status and "Traceback" not in said, said
-    if status == 1:
-        assert "step_000024.pt: cannot be written" in said and "before is unchanged" in said
-    assert load_stage(tmp_path / "small", "small")["step"] == 12
+@pytest.mark.parametrize("fault, status, words, left", [
+    (AT_CALL.format(call=10, what=kill("SIGINT")), 130, "stopped by SIGINT; continue .*--resume", [6, 10]),
+    (AT_CALL.format(call=10, what=kill("SIGTERM")), 143, "stopped by SIGTERM; continue .*--resume", [6, 10]),
+    (AT_CALL.format(call=10, what=f"{kill('SIGINT')}; {kill('SIGINT')}"), 1, "interrupted", [6]),
+    (WITH_WORKERS, 130, "loaded by worker processes", [6, 10]),
+    (AT_CALL.format(call=10, what=kill("SIGKILL")), -9, "", [6]), (HALF, -9, "", [6]),
+    (FULL, 1, "step_000012.pt: cannot be written .* before is unchanged", [6])],
+    ids=["Ctrl-C", "SIGTERM", "Ctrl-C twice", "Ctrl-C with workers", "killed", "killed while saving",
+         "full disk"])
+def test_a_run_that_was_stopped_goes_on_with_the_same_bits(data, undisturbed, tmp_path, fault, status, words,
+                                                           left):
+    ended, said = program().run(*long(data, tmp_path), fault=fault)
+    assert ended == status and re.search(words, said) and "Traceback" not in said, said
+    assert list(checkpoints(tmp_path / "small")) == left
     with (tmp_path / "small/log.csv").open("a") as log:
-        log.write("25,0.4")                                         # half a row
-    ended, said = program().run(*command(data, tmp_path, "--resume"))
-    assert ended == 0 and not list((tmp_path / "small").glob(".*")), said
+        log.write("13,0.4")                                     # half a row
+    ended, said = program().run(*long(data, tmp_path, "--resume"))
+    assert ended == 0, said
     assert_same(tmp_path, undisturbed[0])
-    assert_same_log(tmp_path, undisturbed[0])
+    assert not list((tmp_path / "small").glob(".*"))            # temporary files
+
+
+@pytest.mark.slow
+def test_training_killed_at_random_moments_ends_with_the_same_bits(data, undisturbed, tmp_path):
+    draw, folder = random.Random(0), tmp_path / "small"
+
+    def words():
+        return long(data, tmp_path, *["--resume"] * bool(checkpoints(folder)))
+
+    for _ in range(20):
+        pid = program().start(*words())
+        time.sleep(draw.uniform(0.1, 0.9) * undisturbed[1])
+        os.kill(pid, signal.SIGKILL)
+        status, said = program().wait(pid)
+        assert status in (0, -signal.SIGKILL), said
+        if status == 0:                                         # it had ended before
+            shutil.rmtree(folder)
+    status, said = program().run(*words())
+    assert status == 0, said
+    assert_same(tmp_path, undisturbed[0])
