@@ -84,7 +84,7 @@ def parse_args(argv=None):
                           "trained on, moved; generated: of the large stage; or index masks to take as they "
                           "are (default: %(default)s)")
     painting.add_argument("--where", metavar="PNG", help="defects lie where this picture is white (default: "
-                          "where those of training masks lie)")
+                          "close to where those trained on lie)")
     painting.add_argument("--judge", metavar="FILE", help="segment.pt of segment.py: scores how far it sees "
                           "the wanted mask")
     painting.add_argument("--min-fit", type=float, default=0.0, metavar="IOU", help="paint again what "
@@ -178,6 +178,11 @@ def open_photos(args, generator):
     return photos
 
 
+def grown(region, by):
+    """A region, bool (H, W), and all within `by` px of it along the axes and diagonals."""
+    return F.max_pool2d(region[None].float(), 2 * by + 1, 1, by)[0] > 0
+
+
 def moved(shape, centres, room, turns, generator):
     """One defect, bool (H, W), turned, resized and laid at random; None where no place of 50 has room.
 
@@ -221,7 +226,7 @@ class Wishes:
             raise ValueError(f"--masks {args.masks}: expected {', '.join(MASKS)} or a folder of index masks")
         if not self.shapes and args.masks == "training":
             raise ValueError(f"--defect {args.defect}: no mask that {args.run} was trained on has it")
-        self.room = torch.ones(generator.size, dtype=torch.bool)
+        self.room = grown((self.train[1] > 0).any(0), min(generator.size) // 16)
         if args.where:
             where = to_mode(open_picture(args.where), 1).resize(generator.size[::-1])
             self.room = torch.from_numpy(to_array(where)[0] >= 128)
@@ -312,9 +317,7 @@ class Painter:
         mask, source = self.wishes.mask(name, tuple(labels.shape), old > 0, seed, own)
         if mask is None:
             return "no room"
-        reach = min(size) // 32
-        region = F.max_pool2d((mask > 0)[None].float(), 2 * reach + 1, 1, reach)[0] > 0
-        region &= old == 0
+        region = grown(mask > 0, min(size) // 32) & (old == 0)
         after = self.generator.paint(before[None], (old + mask)[None], region[None], [own])[0][0]
         crop = defect_crops(after[None], mask[None], self.side)
         record = {"photo": name, "mask": source, "seed": own, "tries": n + 1,
