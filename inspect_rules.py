@@ -4,26 +4,24 @@
     python inspect_rules.py --standard pill --masks DIR --csv findings.csv  judge a folder: docs/rules.md
 
 A rule names classes, whose pixels count together, and one limit: "max_" + a measure, of all that is in the
-image or of each component. Pixels that touch at a side or a corner are one component. Conventions that bite:
+image or of each component: pixels that touch at a side or a corner. Conventions that bite:
 
 1. Reaching a limit rejects: value > 0 and value >= limit. The paper calls "< 4800 px" benign, so with
    max_area_px = 4800 an area of 4799 is accepted and 4800 rejected; max_count = 3 allows two; 0 allows none.
-2. Pixels are NATIVE pixels, those of the photo that the limits are for; native_size is [height, width]. Masks
-   may be resized photos but no crops: other shapes are refused unless told --squashed. "native_size": "mask"
-   is for photos that differ in size: each mask has that of its photo.
+2. Pixels are native: those of the photo that the limits are for, whatever size the mask has.
 3. A defect that no rule names is decided by "unnamed": "reject" (the default), "accept" or "error".
 
-Needs numpy and pillow only, so that it can be read, and trusted, alone: verdicts are made by the parts
-"measures", "judging" and "components"; what follows reads, refuses, writes and draws.
+Needs numpy and pillow only. "measures", "judging" and "components" below make the verdicts.
 """
 import argparse
 import csv
+import itertools
 import json
 import math
-import os
 import sys
 import textwrap
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from operator import attrgetter
@@ -41,12 +39,10 @@ LABELS = {
 }
 
 # The paper's three standards, in the JSON that users write; sizes are those of MVTec AD. The limits are the
-# paper's. Ours, because the paper does not say:
-# - which labels its words mean. zipper: "teeth" and "fabric" are the labels below; pill: "colour stain" is
-#   color; wood: "dent" is hole, "stain" is liquid, "impurity" is color.
-# - that an area is that of all defects of the kind in the image together, not of each.
-# - "unnamed": "reject". The standards list what is benign, so a defect not declared benign (pill:
-#   faulty_imprint, scratch, pill_type; wood: crack) is rejected.
+# paper's. Ours, because the paper does not say: which labels its words mean (pill: "colour stain" is color;
+# wood: "dent" is hole, "stain" liquid, "impurity" color; zipper: "teeth" and "fabric" are the labels below),
+# that an area is that of all defects of the kind in the image together, and that a defect which is not
+# declared benign (pill: faulty_imprint, scratch, pill_type; wood: crack) is rejected.
 STANDARDS = {
     "pill": {"object": "pill", "native_size": [800, 800], "unnamed": "reject", "rules": [
         {"name": "no cracks", "classes": ["crack"], "max_area_px": 0},
@@ -104,11 +100,10 @@ class Finding:
 
     def row(self) -> tuple:
         """Its values in the order of COLUMNS."""
-        box = self.box or (None, None, None, None)
-        return (self.image, self.class_name, self.area_px, self.limit, self.verdict, self.rule, self.measure,
-                self.per, self.value, self.margin, *box, self.noise, self.scale)
+        *values, box, noise, scale, runs = vars(self).values()
+        return (*values, *(box or [None] * 4), noise, scale)
 
-    def sentence(self) -> str:
+    def __str__(self) -> str:
         """ "reject: crack, area_px 300, limit 0: no cracks" """
         value = f"{self.value:.10g}" if self.value == int(self.value) else f"{self.value:.2f}"
         limit = "" if self.limit is None else f", limit {self.limit:.10g}"
@@ -118,13 +113,11 @@ class Finding:
 
 COLUMNS = ("image", "class", "area_px", "limit", "verdict", "rule", "measure", "per", "value", "margin",
            "top", "left", "bottom", "right", "noise", "scale")
-NO_DEFECT = "(no defect)"         # class of the row that an image without findings gets
 
 
 # --- measures ---
-# A measure gets the components that a limit is about (those of the image, or one of them; none if all are
-# noise) and the (height, width) of a mask pixel in native pixels, as fractions. It returns one number >= 0.
-# A component is a (3, n) array of runs in mask pixels: row, start, stop.
+# A measure gets components, each a (3, n) array of runs in mask pixels (row, start, stop), and the (height,
+# width) of a mask pixel in native pixels, as fractions. It returns one number >= 0, 0 for no components.
 # To add a measure, write it here and name it in MEASURES: a rule may then say "max_" + its name.
 
 def area_px(components, pixel) -> float:
@@ -164,13 +157,9 @@ def judge(mask, standard, classes, image="mask", native_size=None) -> list[Findi
     A rule per image gives one finding if its classes are there; a rule per component gives one for each
     component that is rejected, or one for its largest if none is. verdict(findings) is the decision.
 
-    Args:
-        mask:        (H, W) integers, index into classes; 0 = background. Of any size: see convention 2.
-        classes:     tuple of names, index -> name.
-        image:       name that the findings carry.
-        native_size: (height, width) of the photo where the standard's is "mask" and this mask was resized.
-    Raises: ValueError naming the image: not an index mask of this class table, or a class that no rule names
-        where the standard's unnamed is "error".
+    mask: (H, W) integers of any size, index into classes (tuple of names); 0 = background.
+    native_size: (height, width) of the photo where the standard's is "mask" and this mask was resized.
+    Raises ValueError naming the image: not an index mask of these classes, or an unnamed class is an error.
     """
     mask = np.asarray(mask)
     if mask.ndim != 2 or mask.size == 0 or not np.issubdtype(mask.dtype, np.integer):
@@ -180,45 +169,37 @@ def judge(mask, standard, classes, image="mask", native_size=None) -> list[Findi
                          f"0 to {len(classes) - 1} ({', '.join(classes)})")
     check_classes(standard, classes, f"standard {standard.name!r}")
     height, width = standard.native_size or native_size or mask.shape
-    pixel = Fraction(int(height), mask.shape[0]), Fraction(int(width), mask.shape[1])
+    pixel = high, wide = Fraction(int(height), mask.shape[0]), Fraction(int(width), mask.shape[1])
     present = {classes[i] for i in np.unique(mask)}
     named = {c for rule in standard.rules for c in rule.classes}
     unnamed = [c for c in classes[1:] if c in present - named]
     if unnamed and standard.unnamed == "error":
         raise ValueError(f"{image}: class {unnamed[0]!r} is in the mask, but no rule of standard "
                          f'{standard.name!r} names it; add one, or change "unnamed"')
-    why = f"no rule names this class (unnamed: {standard.unnamed})"
-    findings = []
+    findings, why = [], f"no rule names this class (unnamed: {standard.unnamed})"
     for rule in standard.rules + tuple(Rule(why, (c,), None) for c in unnamed):
-        if not present.isdisjoint(rule.classes):
-            inside = np.isin(mask, [i for i, c in enumerate(classes) if c in rule.classes])
-            findings += _apply(rule, find_components(find_runs(inside)), pixel, image, standard.unnamed)
+        if present.isdisjoint(rule.classes):
+            continue
+        inside = np.isin(mask, [classes.index(c) for c in rule.classes])
+        components = find_components(find_runs(inside))
+        kept = [c for c in components if area_px([c], pixel) >= rule.min_component_px]
+        found = []
+        for measured in [[c] for c in kept] if rule.per == "component" and kept else [kept]:
+            value = MEASURES[rule.measure](measured, pixel)
+            decision, margin, box = standard.unnamed, None, ()
+            if rule.limit is not None:
+                margin = rule.limit - value
+                decision = "reject" if value > 0 and value >= rule.limit else "accept"
+            runs = np.concatenate([np.zeros((3, 0), int), *measured], axis=1)
+            if measured:
+                row, start, stop = runs.tolist()
+                box = (float(min(row) * high), float(min(start) * wide),
+                       float((max(row) + 1) * high), float(max(stop) * wide))
+            found.append(Finding(image, "+".join(rule.classes), area_px(measured, pixel), rule.limit,
+                                 decision, rule.name, rule.measure, rule.per, value, margin, box,
+                                 len(components) - len(kept), float(high * wide), runs))
+        findings += [f for f in found if f.verdict == "reject"] or [max(found, key=attrgetter("value"))]
     return findings
-
-
-def _apply(rule, components, pixel, image, unnamed) -> list[Finding]:
-    """The findings of one rule; components: all of its classes."""
-    kept = [c for c in components if area_px([c], pixel) >= rule.min_component_px]
-    noise = len(components) - len(kept)
-    if rule.per == "image" or not kept:
-        return [_finding(rule, kept, pixel, image, unnamed, noise)]
-    each = [_finding(rule, [c], pixel, image, unnamed, noise) for c in kept]
-    return [f for f in each if f.verdict == "reject"] or [max(each, key=attrgetter("value"))]
-
-
-def _finding(rule, components, pixel, image, unnamed, noise) -> Finding:
-    (high, wide), box = pixel, ()
-    runs = np.concatenate([np.zeros((3, 0), int), *components], axis=1)
-    row, start, stop = runs
-    if components:
-        box = (float(int(row.min()) * high), float(int(start.min()) * wide),
-               float(int(row.max() + 1) * high), float(int(stop.max()) * wide))
-    value, margin, decision = MEASURES[rule.measure](components, pixel), None, unnamed
-    if rule.limit is not None:
-        margin = rule.limit - value
-        decision = "reject" if value > 0 and value >= rule.limit else "accept"
-    return Finding(image, "+".join(rule.classes), area_px(components, pixel), rule.limit, decision, rule.name,
-                   rule.measure, rule.per, value, margin, box, noise, float(high * wide), runs)
 
 
 def verdict(findings) -> str:
@@ -235,50 +216,24 @@ def find_runs(inside) -> np.ndarray:
     return np.stack([row[::2], column[::2], column[1::2]])
 
 
-def touching_pairs(runs) -> list:
-    """[(upper, lower), ...]: the runs of neighbouring rows that touch at a side or a corner.
-
-        row 0   A A . . . B B      A touches C at a side. B and C touch at a corner:
-        row 1   . C C C C . .      B starts in the column where C stops.
-        row 2   . . . . . . .      D touches nothing: above it lies an empty row,
-        row 3   D D . E . . .      and between D and E a gap.            Pairs: (A, C), (B, C)
-
-    runs: (3, n) as find_runs gives them. Two touch if each starts no later than the other stops.
-    """
-    row, start, stop = runs.tolist()
-    pairs, first = [], 0            # runs before `first` lie too high or too far left for all that follow
-    for lower in range(len(row)):
-        above = row[lower] - 1
-        while row[first] < above or (row[first] == above and stop[first] < start[lower]):
-            first += 1
-        upper = first
-        while row[upper] == above and start[upper] <= stop[lower]:
-            pairs.append((upper, lower))
-            upper += 1
-    return pairs
-
-
-def join(pairs, n) -> list:
-    """The group of each of n things, a pair being in one group: 0, 1, ... in order of their first members."""
-    parent = list(range(n))         # union-find: parents lead to the one member that stands for the group
-
-    def find(i):
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]       # shortens the way for those who come after
-            i = parent[i]
-        return i
-
-    for a, b in pairs:
-        parent[find(b)] = find(a)
-    numbers = {}
-    return [numbers.setdefault(find(i), len(numbers)) for i in range(n)]
-
-
 def find_components(runs) -> list:
     """(3, n) runs -> [(3, k) runs of each component, ...], all in reading order."""
-    number = np.array(join(touching_pairs(runs), runs.shape[1]))
-    order = np.argsort(number, kind="stable")                     # stable: keeps the order within a component
-    return np.split(runs[:, order], np.cumsum(np.bincount(number))[:-1], axis=1)
+    row, start, stop = runs
+    # Runs of neighbouring rows touch, at a side or a corner, if each starts no later than the other stops.
+    # Numbered row after row, starts and stops ascend: those above that touch run i are first[i]:last[i].
+    width = stop.max(initial=0) + 1
+    first = np.searchsorted(row * width + stop, (row - 1) * width + start)
+    last = np.searchsorted(row * width + start, (row - 1) * width + stop, side="right")
+    group = [[i] for i in range(len(row))]      # of each run; runs of one component share one list
+    for lower in range(len(row)):
+        for upper in range(first[lower], last[lower]):
+            few, many = sorted((group[lower], group[upper]), key=len)
+            if few is not many:
+                many.extend(few)
+                for i in few:                   # moving the few moves no run more than log2(n) times
+                    group[i] = many
+    distinct = {id(members): members for members in group}
+    return [runs[:, sorted(members)] for members in distinct.values()]
 
 
 # --- what is read: standards, class tables, masks ---
@@ -287,7 +242,7 @@ LIMITS_MM = {"max_area_mm2": ("area_px", 2), "max_length_mm": ("length_px", 1)} 
 
 
 def load_standard(name_or_path, classes=None) -> Standard:
-    """The built-in standard of that name, else the JSON file there; checked against the class table if given.
+    """The built-in standard of that name, else of that JSON file; checked against the class table if given.
 
     Raises: ValueError, one sentence that names the file and the key.
     """
@@ -296,15 +251,16 @@ def load_standard(name_or_path, classes=None) -> Standard:
         raise ValueError(f"no standard {name!r}: built in are {', '.join(STANDARDS)}; there is no such file")
     data = STANDARDS.get(name) or read_json(name)
     _check(data, name, ("object", "native_size", "rules"), ("unnamed", "name", "px_per_mm"))
-    scale, unnamed = data.get("px_per_mm"), data.get("unnamed", "reject")
+    scale = data.get("px_per_mm")
     rules = tuple(_read_rule(rule, f"{name}: rules[{i}]", scale) for i, rule in enumerate(data["rules"]))
     limited = Counter((c, rule.measure, rule.per) for rule in rules for c in rule.classes)
     (c, measure, per), n = limited.most_common(1)[0]
     if n > 1:                       # one of them would never decide
         raise ValueError(f"{name}: rules limit the {measure} of {c!r} per {per} {n} times; keep one")
     size = None if data["native_size"] == "mask" else tuple(data["native_size"])
+    unnamed = data.get("unnamed", "reject")
     standard = Standard(data.get("name", name), data["object"], size, scale, unnamed, rules)
-    if classes is not None:
+    if classes:
         check_classes(standard, classes, name)
     return standard
 
@@ -334,36 +290,30 @@ def _check(data, where, required, optional):
     """Refuse a JSON object that lacks a key, has an unknown one, or a value that the key cannot have."""
     if not isinstance(data, dict):
         raise ValueError(f"{where}: expected a JSON object, not {repr(data)[:60]}")
-    for key in required:
+    for key in (*required, *data):
         if key not in data:
             raise ValueError(f"{where}: the key {key!r} is missing")
-    for key, value in data.items():
-        if key == "connectivity":
-            raise ValueError(f"{where}: unknown key {key!r}: pixels touch at sides and corners; remove it")
         if key not in required + optional:
             raise ValueError(f"{where}: unknown key {key!r}; known are {', '.join(required + optional)}")
-        fits, wanted = _expected(key, value)
-        if not fits:
-            raise ValueError(f"{where}: {key} must be {wanted}, not {repr(value)[:60]}")
-
-
-def _expected(key, value):
-    """(whether the key may have the value, what it may have)"""
-    text = isinstance(value, str) and value.strip()
-    some = isinstance(value, list) and len(value) > 0
-    number = type(value) in (int, float) and 0 <= value < 1e15    # no isinstance: JSON's true is none
-    size = some and len(value) == 2 and all(type(n) is int and 0 < n < 10**6 for n in value)
-    names = some and all(isinstance(c, str) and c.strip() and c != "background" for c in value)
-    return {"object": (text, "a text"),
-            "name": (text, "a text"),
+        value = data[key]
+        number = type(value) in (int, float) and 0 <= value < 1e15    # no isinstance: JSON's true is none
+        items = value if isinstance(value, list) else []
+        names = all(isinstance(c, str) and c.strip() and c != "background" for c in items)
+        size = [type(n) for n in items] == [int, int] and 0 < min(items) <= max(items) < 10**6
+        text = isinstance(value, str) and value.strip(), "a text"
+        fits, wanted = {
+            "object": text,
+            "name": text,
             "native_size": (size or value == "mask", '[height, width] in whole pixels, or "mask"'),
             "unnamed": (value in ("reject", "accept", "error"), '"reject", "accept" or "error"'),
             "px_per_mm": (number and value > 0, "a number > 0"),
-            "rules": (some, "a list of rules"),
-            "classes": (names, "a list of names of defects"),
+            "rules": (items, "a list of rules"),
+            "classes": (items and names, "a list of names of defects"),
             "per": (value in ("image", "component"), '"image" or "component"'),
             "max_count": (number and value == int(value), "a whole number >= 0"),
-            }.get(key, (number, "a number >= 0"))
+        }.get(key, (number, "a number >= 0"))
+        if not fits:
+            raise ValueError(f"{where}: {key} must be {wanted}, not {repr(value)[:60]}")
 
 
 def check_classes(standard, classes, where):
@@ -374,18 +324,15 @@ def check_classes(standard, classes, where):
 
 
 def check_shape(shape, native_size, where, squashed=False):
-    """Refuse a mask whose (height, width) cannot be native_size resized.
-
-    squashed: it is the whole photo, in another shape; what lies on its side is still refused.
-    """
+    """Refuse a mask whose (height, width) is not native_size resized; if squashed, only one on its side."""
     (h, w), (height, width) = shape, native_size
-    if abs(h * width - w * height) < height + width:              # give or take a pixel of rounding
-        return
-    fact = f"{where}: mask is {list(shape)}, native_size {list(native_size)} [height, width]"
-    if abs(h * height - w * width) < height + width:
-        raise ValueError(f"{fact}: swapped? correct native_size, or turn the mask")
-    if not squashed:
-        raise ValueError(f"{fact}, of another shape; pass --squashed if it is the whole photo")
+    turned = abs(h * height - w * width) < height + width         # give or take a pixel of rounding
+    if abs(h * width - w * height) >= height + width and (turned or not squashed):
+        remedy = ", of another shape; pass --squashed if it is the whole photo"
+        if turned:
+            remedy = ": swapped? correct native_size, or turn the mask"
+        sizes = f"mask is {list(shape)}, native_size {list(native_size)} [height, width]"
+        raise ValueError(f"{where}: {sizes}{remedy}")
 
 
 def read_json(path):
@@ -428,14 +375,13 @@ def read_mask(path, classes=()) -> np.ndarray:
 # --- how good verdicts are ---
 
 def recall_fpr(truths, verdicts) -> dict:
-    """Image-level recall = tp / (tp + fn) and false positive rate = fp / (fp + tn); positive: truly "reject".
+    """Recall = tp / (tp + fn) and false positive rate = fp / (fp + tn) of verdicts on images.
 
-    A rate without a denominator (no positives, no negatives) is None.
+    Positive: truly "reject". A rate without a denominator is None. Raises ValueError for other words.
     """
-    truths, verdicts = list(truths), list(verdicts)
-    if len(truths) != len(verdicts) or not {"accept", "reject"}.issuperset(truths + verdicts):
-        raise ValueError(f"{len(truths)} truths, {len(verdicts)} verdicts: must be as many, accept or reject")
-    pairs = Counter(zip(truths, verdicts))
+    pairs = Counter(zip(truths, verdicts, strict=True))
+    if unknown := {*itertools.chain(*pairs)} - {"accept", "reject"}:
+        raise ValueError(f"a verdict is accept or reject, not {unknown}")
     tp, fn = pairs["reject", "reject"], pairs["reject", "accept"]
     fp, tn = pairs["accept", "reject"], pairs["accept", "accept"]
     return {"recall": tp / (tp + fn) if tp + fn else None, "fpr": fp / (fp + tn) if fp + tn else None,
@@ -443,9 +389,9 @@ def recall_fpr(truths, verdicts) -> dict:
 
 
 def wilson_interval(hits, trials):
-    """95 % score interval (low, high) of a rate of which `hits` of `trials` were seen; None without trials.
+    """95 % score interval (low, high) of a rate seen `hits` times in `trials`; None without trials.
 
-    Its ends are the rates p with |hits / trials - p| = z * sqrt(p (1 - p) / trials): Wilson, JASA 22 (1927).
+    Its ends p solve |hits / trials - p| = z * sqrt(p (1 - p) / trials): Wilson, JASA 22 (1927).
     """
     if trials == 0:
         return None
@@ -457,15 +403,11 @@ def wilson_interval(hits, trials):
 # --- the command ---
 
 def find_masks(folder) -> dict:
-    """{name: path} of the masks below folder: what lies in mask/ or masks/, or all pictures if nothing does.
-
-    A name is the path below folder, with slashes and without suffix.
-    """
-    paths = [path for path in sorted(Path(folder).rglob("*"))
+    """{path below folder without suffix: path} of all pictures, or of those in mask/ or masks/ if any are."""
+    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*"))
              if path.suffix.lower() in (".png", ".bmp", ".tif", ".tiff") and path.name[0] != "."]
-    in_mask = [path for path in paths if {"mask", "masks"} & {*path.relative_to(folder).parts[:-1]}]
-    paths = in_mask or paths
-    masks = {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
+    paths = [path for path in paths if {"mask", "masks"} & {*path.parts[:-1]}] or paths
+    masks = {path.with_suffix("").as_posix(): folder / path for path in paths}
     if not masks:
         raise ValueError(f"--masks {folder}: no masks (.png, .bmp, .tif) below this folder")
     if len(masks) < len(paths):
@@ -475,7 +417,6 @@ def find_masks(folder) -> dict:
 
 def find_classes(folder, standard, classes_file=None):
     """(class table, its source): that file, else the classes.json in, above or below folder, else LABELS."""
-    folder = Path(folder).resolve()
     above = [up / "classes.json" for up in (folder, *folder.parents) if (up / "classes.json").is_file()]
     found = [classes_file] if classes_file else above[:1] or sorted(folder.rglob("classes.json"))
     if len(found) > 1:
@@ -487,36 +428,30 @@ def find_classes(folder, standard, classes_file=None):
     raise ValueError(f"no classes.json, and no built-in labels of {standard.object!r}; give --classes FILE")
 
 
-def print_findings(image, findings):
-    print(f"{image}: {verdict(findings)}")
-    for finding in findings:
-        print(f"    {finding.sentence()}")
-
-
-def show_standards() -> int:
+def show_standards():
     """Print the built-in standards as JSON to copy, and judge a made-up mask."""
-    for name in STANDARDS:
-        print(json.dumps(STANDARDS[name]).replace(' {"name"', '\n  {"name"') + "\n")
+    for data in STANDARDS.values():
+        print(json.dumps(data).replace(' {"name"', '\n  {"name"') + "\n")
     mask = np.zeros((400, 400), np.uint8)                         # half the native size: each pixel counts 4
     mask[100:130, 100:130] = LABELS["pill"].index("contamination")
     mask[200:203, 50:350] = LABELS["pill"].index("crack")
+    findings = judge(mask, load_standard("pill"), LABELS["pill"])
     print("A made-up mask of 400 x 400 pixels, judged by the pill standard:")
-    print_findings("made_up", judge(mask, load_standard("pill"), LABELS["pill"], "made_up"))
+    print(f"made_up: {verdict(findings)}", *findings, sep="\n    ")
     print("\nNext: python inspect_rules.py --standard pill --masks DIR --csv findings.csv")
-    return 0
 
 
 def inspect_folder(args) -> int:
     """Judge every mask of --masks; print, draw and write the findings. Returns the exit status."""
-    for path in (args.csv, args.json):
-        if path and not Path(path).absolute().parent.is_dir():    # found out now, not after the work
-            raise ValueError(f"{path}: its folder does not exist")
-    if args.overlay and Path(args.overlay).resolve().is_relative_to(Path(args.masks).resolve()):
+    folder = Path(args.masks).resolve()
+    if args.overlay and Path(args.overlay).resolve().is_relative_to(folder):
         raise ValueError(f"--overlay {args.overlay} is inside --masks; its pictures would be read as masks")
-    standard, masks = load_standard(args.standard), find_masks(args.masks)
-    classes, source = find_classes(args.masks, standard, args.classes)
+    standard, masks = load_standard(args.standard), find_masks(Path(args.masks))
+    classes, source = find_classes(folder, standard, args.classes)
     check_classes(standard, classes, args.standard)
     print(f"class table: {source}")
+    for path in filter(None, (args.csv, args.json)):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
     rows, verdicts, errors = [], {}, {}
     for image, path in masks.items():
         try:
@@ -528,16 +463,24 @@ def inspect_folder(args) -> int:
             errors[image] = str(error)
             continue
         verdicts[image] = verdict(findings)
-        print_findings(image, findings)
+        print(f"{image}: {verdicts[image]}", *findings, sep="\n    ")
         if args.overlay and findings:
             target = Path(args.overlay) / f"{image}_verdict.png"
             target.parent.mkdir(parents=True, exist_ok=True)
             draw_overlay(mask, findings, find_photo(path)).save(target)
         scale = math.prod(standard.native_size or mask.shape) / mask.size
-        none = Finding(image, NO_DEFECT, 0.0, None, "accept", "", "area_px", "image", 0.0, None, (), 0, scale)
-        rows += [finding.row() for finding in findings or [none]]
-    write_results(args, rows, {"standard": STANDARDS.get(args.standard) or read_json(args.standard),
-                               "classes": classes, "verdicts": verdicts, "errors": errors})
+        none = image, "(no defect)", 0.0, None, "accept", "", "area_px", "image", 0.0, *[None] * 5, 0, scale
+        rows += [finding.row() for finding in findings] or [none]
+    if args.csv:
+        with open(f"{args.csv}.tmp", "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            csv.writer(file).writerows([COLUMNS, *rows])
+        Path(f"{args.csv}.tmp").replace(args.csv)                 # whole, or what was there before
+    if args.json:
+        result = {"standard": STANDARDS.get(args.standard) or read_json(args.standard), "classes": classes,
+                  "verdicts": verdicts, "errors": errors,
+                  "findings": [dict(zip(COLUMNS, row)) for row in rows]}
+        Path(f"{args.json}.tmp").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        Path(f"{args.json}.tmp").replace(args.json)
     counts = Counter(verdicts.values())
     print(f"{standard.name} standard: {counts['accept']} accepted, {counts['reject']} rejected, "
           f"{len(errors)} not judged")
@@ -546,22 +489,9 @@ def inspect_folder(args) -> int:
     return 2 if errors else int(counts["reject"] > 0)
 
 
-def write_results(args, rows, summary):
-    """--csv and --json, each under another name first: a file holds all of it, or what it held before."""
-    if args.csv:
-        with open(f"{args.csv}.tmp", "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            csv.writer(file).writerows([COLUMNS, *rows])
-        os.replace(f"{args.csv}.tmp", args.csv)
-    if args.json:
-        summary["findings"] = [dict(zip(COLUMNS, row)) for row in rows]
-        Path(f"{args.json}.tmp").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-        os.replace(f"{args.json}.tmp", args.json)
-
-
 # --- pictures ---
 
-RED, GREEN = (255, 40, 40), (40, 220, 80)
-PALE = {"reject": (255, 130, 130), "accept": (150, 240, 170)}     # for text on black
+COLOURS = {"accept": (40, 220, 80), "reject": (255, 60, 60)}
 SHOWN = 12                          # findings that are numbered and explained
 
 
@@ -571,17 +501,15 @@ def find_photo(path):
         if folder.name in ("mask", "masks"):
             photos = folder.with_name(folder.name.replace("mask", "image")) / path.parent.relative_to(folder)
             for suffix in (".png", ".jpg", ".jpeg", ".bmp", ".tif"):
-                try:
-                    with Image.open(photos / (path.stem.removesuffix("_mask") + suffix)) as photo:
-                        return ImageOps.exif_transpose(photo).convert("RGB")
-                except Exception:   # missing or damaged: the mask will do
-                    continue
+                photo = photos / (path.stem.removesuffix("_mask") + suffix)
+                with suppress(Exception), Image.open(photo) as image:     # missing, damaged: None will do
+                    return ImageOps.exif_transpose(image).convert("RGB")
     return None
 
 
 def draw_overlay(mask, findings, photo=None) -> Image.Image:
     """The photo, or else the mask in grey, with every finding outlined (red: rejected, green: accepted) and
-    numbered, and its sentence below. Small pictures are enlarged by whole factors.
+    numbered, and its sentence below; enlarged by a whole factor if small.
 
     mask: (H, W) indices; findings: what judge() returned for it; photo: RGB of any size.
     """
@@ -590,12 +518,11 @@ def draw_overlay(mask, findings, photo=None) -> Image.Image:
     photo = ImageOps.scale(photo, max(1, math.ceil(512 / max(photo.size))), Image.Resampling.NEAREST)
     border = 2 * max(2, max(photo.size) // 340)         # outlines lie outside of pixels: room at the edges
     canvas = ImageOps.expand(photo, border)
-    for decision, colour in (("accept", GREEN), ("reject", RED)):
+    for decision, colour in COLOURS.items():
         inside = np.zeros(mask.shape, np.uint8)
-        for finding in findings:
-            if finding.verdict == decision:
-                for row, start, stop in finding.runs.T:
-                    inside[row, start:stop] = 255
+        runs = [finding.runs for finding in findings if finding.verdict == decision]
+        for row, start, stop in np.concatenate([np.zeros((3, 0), int), *runs], axis=1).T:
+            inside[row, start:stop] = 255
         area = ImageOps.expand(Image.fromarray(inside).resize(photo.size, Image.Resampling.NEAREST), border)
         canvas.paste(colour, mask=ImageChops.subtract(area.filter(ImageFilter.MaxFilter(border + 1)), area))
 
@@ -603,14 +530,13 @@ def draw_overlay(mask, findings, photo=None) -> Image.Image:
     width, step = max(canvas.width, 480), int(1.35 * font.size)
     letters = int((width - 16) / font.getlength("n"))
     numbers, lines = {}, []
-    for number, finding in enumerate(sorted(findings, key=attrgetter("verdict"), reverse=True), 1):
-        if number > SHOWN:
-            lines.append((f"and {len(findings) - SHOWN} more", "white"))
-            break
+    for number, finding in enumerate(sorted(findings, key=attrgetter("verdict"), reverse=True)[:SHOWN], 1):
         if finding.runs.size:       # at its first pixel; several in one text, or they would hide each other
             numbers.setdefault(tuple(finding.runs[:2, 0]), []).append(str(number))
-        for line in textwrap.wrap(f"{number} {finding.sentence()}", letters, subsequent_indent="   "):
-            lines.append((line, PALE[finding.verdict]))
+        text = textwrap.wrap(f"{number} {finding}", letters, subsequent_indent="   ")
+        lines += [(line, COLOURS[finding.verdict]) for line in text]
+    if len(findings) > SHOWN:
+        lines.append((f"and {len(findings) - SHOWN} more", "white"))
     canvas = ImageOps.expand(canvas, (0, 0, width - canvas.width, step * len(lines) + step // 2))
     pen = ImageDraw.Draw(canvas)
     for (row, column), texts in numbers.items():
@@ -637,7 +563,8 @@ def main(argv=None) -> int:
     add("--overlay", metavar="DIR", help="draw every image with a finding: outlined, with the reasons")
     args = parser.parse_args(argv)
     if not any(vars(args).values()):
-        return show_standards()
+        show_standards()
+        return 0
     if not (args.standard and args.masks):
         parser.error("--standard and --masks go together")
     try:

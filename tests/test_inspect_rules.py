@@ -1,9 +1,9 @@
 """Claims of inspect_rules.py: where each limit lies, in which pixels, which pixels belong together, that bad
 input is one sentence and costs nothing else, and what the command writes."""
-import ast
 import csv
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -52,7 +52,10 @@ def write_json(path, data):
 
 
 def main(*arguments):
-    return ir.main(list(map(str, arguments)))
+    try:
+        return ir.main(list(map(str, arguments)))
+    except SystemExit as stop:      # argparse: bad flags
+        return stop.code
 
 
 @pytest.fixture
@@ -70,27 +73,21 @@ def judge_by(tmp_path):
 
 @pytest.mark.parametrize("zoom", [0.5, 1, 2])       # mask of half, native, double size
 @pytest.mark.parametrize("name", ir.STANDARDS)
-def test_every_rule_accepts_below_its_limit_and_rejects_from_it_on(name, zoom):
+def test_every_rule_accepts_below_its_limit_and_rejects_from_it_on_summing_its_classes(name, zoom):
     classes, scale = ir.LABELS[name], 1 / zoom**2
     standard = ir.load_standard(name, classes)
     size = tuple(int(n * zoom) for n in standard.native_size)
     for r in standard.rules:
         at = math.ceil(r.limit / scale)             # in mask pixels: the first number that meets the limit
         for number in {max(at - 1, 0), at, at + 1}:
-            findings = ir.judge(draw(classes, {r.classes[-1]: number}, size), standard, classes, "picture")
+            areas = {c: number // len(r.classes) for c in r.classes}
+            areas[r.classes[0]] += number % len(r.classes)
+            findings = ir.judge(draw(classes, areas, size), standard, classes, "picture")
             expected, area = "reject" if number >= max(at, 1) else "accept", number * scale
             row = ("picture", "+".join(r.classes), area, r.limit, expected, r.name, "area_px", "image", area,
                    r.limit - area)
             assert ir.verdict(findings) == expected
             assert [f.row()[:10] for f in findings] == ([row] if number else [])
-
-
-def test_classes_of_one_rule_are_summed():
-    standard, classes = ir.load_standard("zipper"), ir.LABELS["zipper"]
-    mask = draw(classes, {"fabric_border": 2400, "fabric_interior": 2399}, standard.native_size)
-    assert ir.verdict(ir.judge(mask, standard, classes)) == "accept"
-    mask[-1, -1] = classes.index("fabric_border")
-    assert [(f.area_px, f.verdict) for f in ir.judge(mask, standard, classes)] == [(4800, "reject")]
 
 
 def test_a_class_that_no_rule_names_is_decided_by_unnamed(judge_by):
@@ -117,18 +114,14 @@ def test_native_pixels_are_those_of_the_standard_or_of_the_photo_or_of_the_mask(
 
 def flood(mask):
     """The components of a bool mask as sets of (row, column), in reading order: nothing of the product."""
-    left, components = {tuple(p) for p in np.argwhere(mask).tolist()}, []
-    for pixel in sorted(left):
-        if pixel in left:
-            left.remove(pixel)
-            group, front = {pixel}, [pixel]
-            while front:
-                y, x = front.pop()
-                for other in {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & left:
-                    left.remove(other)
-                    group.add(other)
-                    front.append(other)
-            components.append(group)
+    left, components = set(map(tuple, np.argwhere(mask).tolist())), []
+    while left:
+        group = front = {min(left)}
+        while front:
+            left -= front
+            front = {(y + dy, x + dx) for y, x in front for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & left
+            group = group | front
+        components.append(group)
     return components
 
 
@@ -140,30 +133,19 @@ def hard_masks():
     rings = np.minimum(np.minimum(y, x), 20 - np.maximum(y, x)) % 2 == 0
     spiral, k = rings.copy(), np.arange(0, 8, 2)                    # each ring is cut, and joined to the next
     spiral[k + 1, k], spiral[k + 2, k + 1] = False, True
-    combs = [(x % 2 == 0) | (y == 20), (x % 2 == 0) | (y == 0), (x % 4 == 0) | ((y == 20) & (x % 8 > 3))]
-    masks += [rings, spiral, ~spiral, *combs, *(c.T for c in combs), (x + y) % 2 == 0, y == x, y == 20 - x]
+    masks += [rings, spiral, ~spiral, (x % 2 == 0) | (y == 20), (y % 2 == 0) | (x == 0), (x + y) % 2 == 0,
+              (x % 4 == 0) | ((y == 20) & (x % 8 > 3)), y == x, y == 20 - x]
     return [mask for mask in masks if mask.any()]
 
 
-def test_components_equal_a_flood_fill():
-    for mask in hard_masks():
-        components = ir.find_components(ir.find_runs(mask))
-        assert [{(row, x) for row, start, stop in runs.T.tolist() for x in range(start, stop)}
-                for runs in components] == flood(mask)
-
-
-def test_the_drawing_in_touching_pairs_is_true():
-    mask = np.zeros((4, 7), bool)
-    mask[0, [0, 1, 5, 6]] = mask[1, 1:5] = mask[3, [0, 1, 3]] = True
-    assert ir.touching_pairs(ir.find_runs(mask)) == [(0, 2), (1, 2)]     # runs A, B, C, D, E are 0 to 4
-    assert ir.join([(0, 2), (1, 2)], 5) == [0, 0, 0, 1, 2]
-
-
 @pytest.mark.parametrize("height, width", [("1", "1"), ("1/2", "5"), ("2/3", "5/7")])
-def test_length_is_the_largest_distance_of_all_corners(height, width):
+def test_components_equal_a_flood_fill_and_their_lengths_the_largest_distance_of_corners(height, width):
     pixel = Fraction(height), Fraction(width)
     for mask in hard_masks():
-        for runs, group in zip(ir.find_components(ir.find_runs(mask)), flood(mask)):
+        components, groups = ir.find_components(ir.find_runs(mask)), flood(mask)
+        assert [{(row, x) for row, start, stop in runs.T.tolist() for x in range(start, stop)}
+                for runs in components] == groups
+        for runs, group in zip(components, groups):
             corners = sorted({(y + a, x + b) for y, x in group for a in (0, 1) for b in (0, 1)})
             points = np.array(corners) * [float(pixel[0]), float(pixel[1])]
             brute = np.sqrt(((points[:, None] - points) ** 2).sum(-1)).max()
@@ -181,7 +163,6 @@ def test_touching_classes_of_one_rule_are_one_component_and_those_of_two_are_not
 @pytest.mark.parametrize("limit, below, at, above, value", [
     ({"max_area_px": 6}, bar(1, 5), bar(2, 3), bar(1, 7), 6),
     ({"max_area_px": 6, "per": "component"}, bar(1, 5), bar(2, 3), bar(1, 7), 6),
-    ({"max_area_mm2": 1.5}, bar(1, 5), bar(2, 3), bar(1, 7), 6),
     ({"max_area_mm2": 1.5, "per": "component"}, bar(1, 5), bar(2, 3), bar(1, 7), 6),
     ({"max_count": 2}, bar(9, 9), bar(1, 1) | bar(1, 1)[::-1], THREE, 2),
     ({"max_length_px": 5}, bar(3, 3), bar(3, 4), bar(4, 4), 5),
@@ -190,11 +171,11 @@ def test_each_kind_of_limit_rejects_from_the_limit_on(judge_by, limit, below, at
     judge = judge_by(limit, px_per_mm=2)
     for mask, decision in (below, "accept"), (at, "reject"), (above, "reject"):
         (finding,) = judge(mask)
-        assert finding.verdict == decision and finding.measure in ir.MEASURES and finding.limit == value
+        assert finding.verdict == decision and finding.limit == value
         assert finding.margin == value - finding.value and (finding.margin <= 0) == (decision == "reject")
-    assert judge(at)[0].value == value and judge(np.zeros((12, 12))) == []
     zero = judge_by({key: 0 if key.startswith("max") else per for key, per in limit.items()}, px_per_mm=2)
-    assert zero(bar(1, 1))[0].verdict == "reject" and zero(np.zeros((12, 12))) == []
+    assert judge(at)[0].value == value and zero(bar(1, 1))[0].verdict == "reject"
+    assert zero(np.zeros((12, 12))) == judge(np.zeros((12, 12))) == []
 
 
 def test_a_limit_in_mm_that_is_met_exactly_rejects(judge_by):
@@ -205,7 +186,7 @@ def test_a_limit_in_mm_that_is_met_exactly_rejects(judge_by):
                 judge = judge_by({"max_area_mm2": float(limit)}, px_per_mm=px_per_mm)
                 assert [f.verdict for f in judge(draw(ABC, {"a": area}, (12, 12)))] == ["reject"]
     (finding,) = judge_by({"max_area_mm2": 0.07}, px_per_mm=10)(bar(1, 7))
-    assert 0.07 * 10**2 > 7 and finding.verdict == "reject" and "(0.07 mm2 = 7 px)" in finding.sentence()
+    assert 0.07 * 10**2 > 7 and finding.verdict == "reject" and "(0.07 mm2 = 7 px)" in str(finding)
 
 
 def test_a_limit_that_is_met_exactly_in_a_resized_mask_rejects(judge_by):
@@ -213,22 +194,21 @@ def test_a_limit_that_is_met_exactly_in_a_resized_mask_rejects(judge_by):
     for zoom in range(1, 30):                                       # 3 x 4 native pixels
         assert [(f.value, f.verdict) for f in judge(np.ones((3 * zoom, 4 * zoom)), native_size=(3, 4))] == [
             (12, "reject"), (5, "reject")]
-    mask = np.pad(np.ones((3, 4)), ((0, 97), (0, 96)))              # 5 pixels of 1.27 native px
-    (finding,) = judge_by({"max_length_mm": 0.5}, px_per_mm=12.7)(mask, native_size=(127, 127))
-    assert (finding.value, finding.limit, finding.verdict) == (6.35, 6.35, "reject")
+    mask = np.pad(np.ones((5, 12)), ((0, 21), (0, 14)))     # 13 pixels of 480 / 26 px: in floats below
+    (finding,) = judge_by({"max_length_mm": 24}, px_per_mm=10)(mask, native_size=(480, 480))     # 240
+    assert (finding.value, finding.limit, finding.verdict) == (240, 240, "reject")
 
 
-def test_parts_below_a_limit_may_together_be_above_it(judge_by):
-    mask = bar(2, 3) | bar(2, 3)[::-1, ::-1]
-    (alone,), (together,) = (judge_by({"max_area_px": 7, "per": per})(mask) for per in ("component", "image"))
-    assert (alone.verdict, alone.area_px, alone.box, alone.runs.shape) == ("accept", 6, (1, 1, 3, 4), (3, 2))
-    assert (together.verdict, together.area_px, together.box) == ("reject", 12, (1, 1, 11, 11))
-
-
-def test_every_rejected_component_is_a_finding_and_else_the_largest(judge_by):
-    for limit, areas in (0, [2, 9, 4]), (4, [9, 4]), (10, [9]):
-        findings = judge_by({"max_area_px": limit, "per": "component"})(THREE)
-        assert [f.area_px for f in findings] == areas and (ir.verdict(findings) == "accept") == (limit == 10)
+@pytest.mark.parametrize("per, limit, areas, box", [
+    ("image", 15, [15], (1, 1, 11, 11)), ("image", 16, [15], (1, 1, 11, 11)),
+    ("component", 0, [2, 9, 4], (1, 1, 2, 3)), ("component", 4, [9, 4], (1, 8, 4, 11)),
+    ("component", 10, [9], (1, 8, 4, 11))])
+def test_findings_are_of_the_image_or_of_each_rejected_component_or_else_of_the_largest(
+        judge_by, per, limit, areas, box):
+    findings = judge_by({"max_area_px": limit, "per": per})(THREE)
+    assert [f.area_px for f in findings] == areas and findings[0].box == box
+    expected = "accept" if areas[0] < limit else "reject"
+    assert {f.verdict for f in findings} == {ir.verdict(findings)} == {expected}
 
 
 @pytest.mark.parametrize("least, number, area", [(0, 3, 15), (2, 3, 15), (2.5, 2, 13), (5, 1, 9), (10, 0, 0)])
@@ -237,7 +217,7 @@ def test_components_below_the_minimum_are_noise_and_counted_as_such(judge_by, le
         (finding,) = judge_by(limit | {"min_component_px": least})(THREE)
         assert (finding.value, finding.area_px, finding.noise) == (value, area, 3 - number)
         assert (finding.verdict == "reject") == (number == 3) and bool(finding.box) == (number > 0)
-        assert ("smaller left out" in finding.sentence()) == (number < 3)
+        assert ("smaller left out" in str(finding)) == (number < 3)
     (finding,) = judge_by({"max_length_px": 0, "min_component_px": 10})(THREE)
     assert (finding.verdict, finding.value, len(finding.row())) == ("accept", 0, len(ir.COLUMNS))
 
@@ -275,16 +255,14 @@ def test_the_example_standards_are_valid(tmp_path):
 
 def test_recall_fpr_equals_a_plain_count():
     for seed in range(30):
-        truths, said = np.random.default_rng(seed).choice(["accept", "reject"], (2, 1 + seed % 7)).tolist()
+        truths, said = np.random.default_rng(seed).choice(["accept", "reject"], (2, seed % 7)).tolist()
         both = list(zip(truths, said))
         tp, fn = both.count(("reject", "reject")), both.count(("reject", "accept"))
         fp, tn = both.count(("accept", "reject")), both.count(("accept", "accept"))
         rates = {"recall": tp / (tp + fn) if tp + fn else None, "fpr": fp / (fp + tn) if fp + tn else None}
         assert ir.recall_fpr(truths, said) == rates | {"tp": tp, "fp": fp, "fn": fn, "tn": tn}
-    assert ir.recall_fpr([], []) == {"recall": None, "fpr": None, "tp": 0, "fp": 0, "fn": 0, "tn": 0}
-    for truths, said in (["accept"], []), (["accept"], ["bad"]), ([True], ["accept"]):
-        with pytest.raises(ValueError, match="accept"):
-            ir.recall_fpr(truths, said)
+    with pytest.raises(ValueError, match="shorter"):
+        ir.recall_fpr(["accept"], [])
 
 
 # Newcombe 1998, Statistics in Medicine 17, 857-872, table I, method 3
@@ -292,16 +270,7 @@ def test_recall_fpr_equals_a_plain_count():
                                                      (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718)])
 def test_the_interval_is_the_published_one(hits, trials, low, high):
     assert [round(end, 4) for end in ir.wilson_interval(hits, trials)] == [low, high]
-
-
-def test_the_ends_of_the_interval_solve_its_equation():
     assert ir.wilson_interval(0, 0) is None
-    for n in (1, 2, 7, 105, 20000):
-        for hits in {0, 1, n // 2, n}:
-            ends = ir.wilson_interval(hits, n)
-            assert 0 <= ends[0] <= hits / n <= ends[1] <= 1
-            for p in ends:
-                assert math.isclose((hits / n - p) ** 2, 1.959963984540054**2 * p * (1 - p) / n, abs_tol=1e-9)
 
 
 # --- bad standards, class tables and masks ---
@@ -319,7 +288,7 @@ BAD_STANDARDS = [
     ("cannot be read as JSON", "{"), ("expected a JSON object", [1]), ("'object' is missing", {}),
     ("'rules' is missing", {"object": "pill", "native_size": [8, 8]}),
     ("unknown key 'size'; known are object, native_size, rules, unnamed", standard_json(size=1)),
-    ("object must be a text", standard_json(object=" ")), ("name must be a text", standard_json(name=3)),
+    ("object must be a text", standard_json(object=" ")),
     ('unnamed must be "reject"', standard_json(unnamed="maybe")),
     *[(r"native_size must be \[height, width\]", standard_json(native_size=v))
       for v in ([8], [8, 0], [8, 8.0], [8, True], 8)],
@@ -330,7 +299,6 @@ BAD_STANDARDS = [
     (r"rules\[0\]: give one of max_area_px, .*not none", rule()),
     (r"rules\[0\]: give one of .*not max_area_px and max_count", rule(max_area_px=1, max_count=3)),
     (r"rules\[0\]: unknown key 'max_area'; known are classes, max_area_px, .*name", rule(max_area=3)),
-    ("'connectivity': pixels touch at sides and corners", rule(max_count=1, connectivity=8)),
     *[("max_area_px must be a number >= 0", rule(max_area_px=v))
       for v in (-1, "3", float("nan"), float("inf"), 10**400, True, None)],
     *[("min_component_px must be a number", rule(max_count=1, min_component_px=v)) for v in (-1, "1")],
@@ -351,20 +319,10 @@ BAD_STANDARDS = [
 @pytest.mark.parametrize("message, data", BAD_STANDARDS)
 def test_a_bad_standard_is_one_sentence_naming_the_key_and_writes_nothing(tmp_path, capsys, message, data):
     path = write_json(tmp_path / "bad.json", data)
-    with pytest.raises(ValueError, match=f"bad.json.*{message}"):
-        ir.load_standard(path, PILL)
     masks = save(tmp_path / "masks/a.png", np.zeros((8, 8), np.uint8)).parent
     assert main("--standard", path, "--masks", masks, "--csv", tmp_path / "c", "--json", tmp_path / "j") == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and err.count("\n") == 1
+    assert re.fullmatch(f"error: .*bad.json.*{message}.*\n", capsys.readouterr().err)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.json", "masks"]
-
-
-def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="'pil'.*pill, wood, zipper"):
-        ir.load_standard("pil")
-    with pytest.raises(ValueError, match="'crack'"):                # misspelt, or of another table
-        ir.judge(np.zeros((8, 8), int), ir.load_standard("pill"), ABC)
 
 
 @pytest.mark.parametrize("table", [
@@ -373,6 +331,11 @@ def test_unknown_names_are_refused():
 def test_a_bad_class_table_is_one_sentence_naming_the_file(tmp_path, table):
     with pytest.raises(ValueError, match="classes.json: "):
         ir.read_classes(write_json(tmp_path / "classes.json", table))
+
+
+def test_judge_refuses_a_class_table_of_another_object():
+    with pytest.raises(ValueError, match="'pill': rules name .*'crack'"):
+        ir.judge(np.zeros((8, 8), int), ir.load_standard("pill"), ABC)
 
 
 @pytest.mark.parametrize("mask, message", [
@@ -385,8 +348,7 @@ def test_judge_refuses_a_mask_that_is_not_an_index_mask(mask, message):
 
 def test_masks_of_all_kinds_are_read_as_raw_indices(tmp_path):
     mask = np.arange(6, dtype=np.uint8).reshape(2, 3)
-    palette = Image.new("P", (3, 2))
-    palette.putdata(mask.ravel().tolist())
+    palette = Image.fromarray(mask)
     palette.putpalette([255, 0, 0, 0, 0, 255] * 3)
     palette.save(tmp_path / "palette.png")
     deep = save(tmp_path / "deep.png", mask.astype(np.uint16))
@@ -398,28 +360,25 @@ def test_masks_of_all_kinds_are_read_as_raw_indices(tmp_path):
 
 def test_bad_masks_are_named_with_their_reason_and_cost_no_other(tmp_path, capsys):
     folder, grey = tmp_path / "masks", np.random.default_rng(0).integers(0, 2, (64, 64)).astype(np.uint8)
-    save(folder / "good.png", draw(PILL, {"color": 1}, (800, 800)))
-    for name, mode in ("colour", "RGB"), ("alpha", "LA"), ("bit", "1"):
-        save(folder / f"{name}.png", grey * 255, mode)
-    for name, mask in [("binary", grey * 255), ("deep", grey * np.uint16(65535)), ("above", grey * 9),
-                       ("wide", grey[:32])]:
-        save(folder / f"{name}.png", mask)
-    (folder / "cut.png").write_bytes((folder / "good.png").read_bytes()[:80])
+    good = save(folder / "good.png", draw(PILL, {"color": 1}, (800, 800)))
+    wide = "mask is [32, 64], native_size [800, 800] [height, width], of another shape"
+    bad = {"colour": (grey * 255, "RGB", "is RGB"), "alpha": (grey * 255, "LA", "is LA"),
+           "bit": (grey * 255, "1", "binary 0/255"), "binary": (grey * 255, None, "binary 0/255"),
+           "deep": (grey * np.uint16(65535), None, "binary 0/255"), "wide": (grey[:32], None, wide),
+           "above": (grey * 9, None, "0 to 9, but the class table has 0 to 6"),
+           "cut": (grey, None, "cannot be read"), "text": (grey, None, "cannot be read")}
+    for name, (mask, mode, message) in bad.items():
+        save(folder / f"{name}.png", mask, mode)
+    (folder / "cut.png").write_bytes(good.read_bytes()[:80])
     (folder / "text.png").write_text("not an image")
-    messages = {"colour": "is RGB", "alpha": "is LA", "binary": "binary 0/255", "deep": "binary 0/255",
-                "bit": "binary 0/255", "cut": "cannot be read", "text": "cannot be read",
-                "above": "0 to 9, but the class table has 0 to 6",
-                "wide": "mask is [32, 64], native_size [800, 800] [height, width], of another shape"}
     out = tmp_path / "out.csv", tmp_path / "out.json"
     assert main("--standard", "pill", "--masks", folder, "--csv", out[0], "--json", out[1]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == len(messages)
-    for name, message in messages.items():
-        (line,) = [line for line in lines if f"{folder / name}.png: " in line or f"error: {name}: " in line]
-        assert message in line
     assert [row["image"] for row in csv.DictReader(out[0].open())] == ["good"]
     result = json.loads(out[1].read_text())
-    assert result["verdicts"] == {"good": "accept"} and set(result["errors"]) == set(messages)
+    assert result["verdicts"] == {"good": "accept"} and set(result["errors"]) == set(bad)
+    for name, (mask, mode, message) in bad.items():
+        assert message in result["errors"][name] and name in result["errors"][name]
+    assert capsys.readouterr().err == "".join(f"error: {error}\n" for error in result["errors"].values())
 
 
 @pytest.mark.parametrize("shape, plain, squashed", [
@@ -443,7 +402,7 @@ def data_set(folder, masks, classes=PILL):
         save(folder / "mask" / kind / f"{stem}_mask.png", mask)
         save(folder / "image" / kind / f"{stem}.png", np.full((128, 128), 77, np.uint8), "RGB")
         save(folder / "rgb_mask" / kind / f"{stem}_rgb_mask.png", mask, "RGB")
-    save(folder / "sheet.png", np.zeros((2, 2), np.uint8), "RGB")
+    (folder / "mask/.hidden.png").touch()
     write_json(folder / "classes.json", {str(i): c for i, c in enumerate(classes)})
     return folder
 
@@ -452,15 +411,15 @@ def test_csv_json_and_print_hold_every_image(tmp_path, capsys):
     data = data_set(tmp_path / "pill", {
         "good/0": draw(PILL, {}, (800, 800)), "color/0": draw(PILL, {"color": 299}, (800, 800)),
         "crack/0": draw(PILL, {"crack": 2, "contamination": 10}, (400, 400))})
-    out = tmp_path / "findings.csv", tmp_path / "findings.json"
-    out[0].write_text("old")
+    out = tmp_path / "new/findings.csv", tmp_path / "findings.json"
+    out[1].write_text("old")
     assert main("--standard", "pill", "--masks", data, "--csv", out[0], "--json", out[1]) == 1
     rows = list(csv.reader(out[0].open(newline="")))
     assert rows[0] == list(ir.COLUMNS) and [row[:5] for row in rows[1:]] == [
         ["mask/color/0_mask", "color", "299.0", "300", "accept"],
         ["mask/crack/0_mask", "crack", "8.0", "0", "reject"],
         ["mask/crack/0_mask", "contamination", "40.0", "4000", "accept"],
-        ["mask/good/0_mask", ir.NO_DEFECT, "0.0", "", "accept"]]
+        ["mask/good/0_mask", "(no defect)", "0.0", "", "accept"]]
     result = json.loads(out[1].read_text())
     assert list(result["verdicts"].values()) == ["accept", "reject", "accept"]
     row = ["crack", 8, 0, "reject", "no cracks", "area_px", "image", 8, -8, 0, 0, 2, 4, 0, 4]
@@ -469,7 +428,7 @@ def test_csv_json_and_print_hold_every_image(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "2 accepted, 1 rejected, 0 not judged" in printed
     assert "mask/crack/0_mask: reject\n    reject: crack, area_px 8, limit 0: no cracks\n" in printed
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["findings.csv", "findings.json", "pill"]
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_the_class_table_is_given_else_near_the_masks_else_built_in_else_asked_for(tmp_path, capsys):
@@ -492,25 +451,23 @@ def test_the_class_table_is_given_else_near_the_masks_else_built_in_else_asked_f
 
 def test_without_flags_it_shows_the_standards_to_copy_and_an_example(capsys):
     assert ir.main([]) == 0
-    printed = capsys.readouterr().out
-    shown = printed[printed.index('{"object": "zipper"'):]
-    assert json.loads(shown[:shown.index("\n\n")]) == ir.STANDARDS["zipper"] and "made_up: reject" in printed
+    *shown, example = capsys.readouterr().out.split("\n\n")[:4]
+    assert list(map(json.loads, shown)) == list(ir.STANDARDS.values()) and "made_up: reject" in example
 
 
-def test_bad_flags_and_paths_are_one_sentence_and_exit_with_2(tmp_path, capsys):
-    for argv in ["--standard", "pill"], ["--overlay", "x"], ["--masks", "."], ["--standrad", "pill"]:
-        with pytest.raises(SystemExit, match="2"):
-            ir.main(argv)
+@pytest.mark.parametrize("flags, message", [
+    ("--standard pill", "go together"), ("--masks .", "go together"), ("--standrad pill", "--standrad"),
+    ("--standard pil --masks masks", "'pil': built in are pill, wood, zipper"),
+    ("--standard pill --masks none", "no masks"), ("--standard pill --masks twins", "differ only in"),
+    ("--standard pill --masks masks --classes no.json", "no.json"),
+    ("--standard pill --masks masks --csv masks/a.png/c", "a.png"),
+    ("--standard pill --masks masks --overlay masks/over", "inside --masks")])
+def test_bad_flags_and_paths_are_one_sentence_and_exit_with_2(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
     for name in "masks/a.png", "twins/a.png", "twins/a.bmp":
-        save(tmp_path / name, np.zeros((2, 2), np.uint8))
-    capsys.readouterr()
-    for folder, flag, path, message in [
-            ("none", "--json", "o.json", "no masks"), ("twins", "--json", "o.json", "differ only in"),
-            ("masks", "--classes", "no.json", "no.json"), ("masks", "--csv", "none/out.csv", "out.csv"),
-            ("masks", "--overlay", "masks/over", "inside --masks")]:
-        assert main("--standard", "pill", "--masks", tmp_path / folder, flag, tmp_path / path) == 2
-        err = capsys.readouterr().err
-        assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+        save(Path(name), np.zeros((2, 2), np.uint8))
+    assert main(*flags.split()) == 2
+    assert re.search(f"error: .*{message}.*\n$", capsys.readouterr().err)
 
 
 def test_run_as_a_script_it_sets_the_exit_status_without_a_traceback(tmp_path):
@@ -519,13 +476,6 @@ def test_run_as_a_script_it_sets_the_exit_status_without_a_traceback(tmp_path):
         command = [sys.executable, ir.__file__, "--standard", standard, "--masks", str(tmp_path)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == status and "Traceback" not in done.stderr
-
-
-def test_it_imports_only_numpy_pillow_and_the_standard_library():
-    nodes = list(ast.walk(ast.parse(Path(ir.__file__).read_text(encoding="utf-8"))))
-    names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
-    names |= {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
-    assert {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) == {"numpy", "PIL"}
 
 
 # --- pictures ---
@@ -540,8 +490,8 @@ def test_overlays_show_the_photo_with_the_defect_outlined_and_its_reason(tmp_pat
     picture = np.array(Image.open(path))
     assert picture.shape[1] >= 512 and picture[520:].any()          # 128 px times 4, and text below
     assert (picture[4 + 31 * 8:4 + 39 * 8, 4 + 21 * 8:4 + 29 * 8] == 77).all()      # the defect stays visible
-    for colour, (top, left, bottom, right) in (ir.RED, (30, 20, 40, 30)), (ir.GREEN, (50, 50, 51, 51)):
-        y, x = np.nonzero((picture[:520] == colour).all(-1))
+    for decision, top, left, bottom, right in ("reject", 30, 20, 40, 30), ("accept", 50, 50, 51, 51):
+        y, x = np.nonzero((picture[:520] == ir.COLOURS[decision]).all(-1))
         assert (y.min(), x.min()) == (4 + top * 8 - 2, 4 + left * 8 - 2)
         assert (y.max(), x.max()) == (4 + bottom * 8 + 1, 4 + right * 8 + 1)
 
@@ -552,7 +502,8 @@ def test_an_overlay_without_a_readable_photo_shows_the_mask(tmp_path, judge_by):
     save(tmp_path / "image/x/1.png", bar(1, 1)).write_bytes(b"no picture")
     assert ir.find_photo(path) is None
     picture = np.array(ir.draw_overlay(bar(3, 3), judge_by({"max_area_px": 10})(bar(3, 3))))
-    assert (picture == ir.GREEN).all(-1).any() and not (picture == ir.RED).all(-1).any()
+    green, red = ((picture == ir.COLOURS[decision]).all(-1).any() for decision in ("accept", "reject"))
+    assert green and not red
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 700), (700, 1), (64, 64), (3, 1024)])
