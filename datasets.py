@@ -2,11 +2,10 @@
 
     image   uint8 (C, H, W), C = 1 when every file is grey, else 3
     mask    uint8 (H, W), the value is a class index and 0 is background; classes[0] == "background"
-    kind    the folder an image came from ("crack", "combined", "good"). Classes are read from the mask, not
-            from it: a "combined" image holds several. It decides two things: the first images of each kind
-            train where there is no split.json, and those of GOOD_KINDS need no mask, having no defect.
+    kind    the folder an image came from ("crack", "combined", "good"), not its class: masks say that. The
+            first images of each kind train where there is no split.json; those of GOOD_KINDS need no mask.
 
-A folder is read in the layouts that LAYOUTS lists; data/convert.py brings all others into the first of them.
+Folders are read in the layouts of LAYOUTS; data/convert.py brings all others into the first of them.
 drawn:pill, drawn:zipper and drawn:wood need no files; drawn:pill:original has one coarse class instead.
 
     python datasets.py                                          audit of the drawn pill, and a contact sheet
@@ -21,6 +20,7 @@ import re
 import sys
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -47,25 +47,16 @@ CLASS_TABLES = {**LABELS, **{name: ("background", *names.split()) for name, name
     "bottle": "broken_large broken_small contamination",
     "cable": "bent_wire cable_swap combined cut_inner_insulation cut_outer_insulation missing_cable "
              "missing_wire poke_insulation",
-    "capsule": "crack poke faulty_imprint scratch squeeze",
-    "carpet": "color cut hole metal_contamination thread",
-    "grid": "bent broken glue metal_contamination thread",
-    "hazelnut": "cut crack hole print",
-    "leather": "color cut fold glue poke",
-    "metal_nut": "scratch bent color",
+    "capsule": "crack poke faulty_imprint scratch squeeze", "hazelnut": "cut crack hole print",
+    "carpet": "color cut hole metal_contamination thread", "leather": "color cut fold glue poke",
+    "grid": "bent broken glue metal_contamination thread", "metal_nut": "scratch bent color",
     "screw": "manipulated_front scratch_head scratch_neck thread_side thread_top",
-    "tile": "crack glue_strip gray_stroke oil rough",
-    "toothbrush": "contamination missing messy",
+    "tile": "crack glue_strip gray_stroke oil rough", "toothbrush": "contamination missing messy",
     "transistor": "bent_lead cut_lead damaged_case misplaced",
-    "Capacitor": "scratch crush crack",
-    "Console": "scratch bump dirty gap",
-    "Groove": "scratch abrasion",
-    "Ring": "friction scratch texture color",
-    "Screw": "bump crush fiber",
-    "Wood": "point friction scratch dirty",
-    "DS-Cotton-Fabric": "texture bubble",
-    "synthetic_Cotton_Fabric": "texture bubble",
-    "DS-DAGM": "scratch texture crush color dirty"}.items()}}
+    "Capacitor": "scratch crush crack", "Console": "scratch bump dirty gap", "Groove": "scratch abrasion",
+    "Ring": "friction scratch texture color", "Screw": "bump crush fiber",
+    "Wood": "point friction scratch dirty", "DS-DAGM": "scratch texture crush color dirty",
+    "DS-Cotton-Fabric": "texture bubble", "synthetic_Cotton_Fabric": "texture bubble"}.items()}}
 FOREIGN = {"pill": [f"good/{n:03d}" for n in range(22)]}    # DS-MVTec: metal nuts, uploaded there by mistake
 
 # image: a path, or the number of a drawn picture. mask: a path, or None (all background).
@@ -86,7 +77,7 @@ def open_picture(path):
 
 def to_mode(picture, channels):
     """A PIL image in mode L or RGB: 16-bit grey is scaled by 65535, alpha dropped, palettes looked up."""
-    if picture.mode.startswith("I") or picture.mode == "F":         # 16-bit grey in Pillow's modes
+    if picture.mode[0] in "IF":                                 # I, I;16, F: Pillow's modes of 16-bit grey
         wide = np.nan_to_num(np.asarray(picture, np.float64))
         narrow = wide / (257 if wide.max() > 255 else 1)
         picture = Image.fromarray(narrow.clip(0, 255).round().astype(np.uint8))
@@ -95,17 +86,16 @@ def to_mode(picture, channels):
     return picture.convert("L" if channels == 1 else "RGB")
 
 
-def to_array(picture):
-    """A PIL image in mode L or RGB as uint8 (C, H, W)."""
-    array = np.array(picture)
-    return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
+def as_tensor(picture):
+    """A PIL image in mode L or RGB, or an array (H, W, 3), as uint8 (C, H, W)."""
+    return torch.from_numpy(np.atleast_3d(np.array(picture))).permute(2, 0, 1).contiguous()
 
 
 def is_grey(path):
-    """Whether a picture is grey, also in equal channels. A broken one is reported when it is read."""
+    """Whether a picture is grey: by its mode, or decoded. A broken one is reported when it is read."""
     try:
         with Image.open(path) as picture:
-            if picture.mode in ("1", "L", "LA", "I", "F") or picture.mode.startswith("I;16"):
+            if picture.mode[0] in "1LIF":                       # 1, L, LA, I, I;16, F
                 return True
             red, green, blue = picture.convert("RGB").split()
             return red.tobytes() == green.tobytes() == blue.tobytes()
@@ -113,38 +103,30 @@ def is_grey(path):
         return True
 
 
-def read_mask(path, classes, label=None):
-    """Read a mask file as uint8 (H, W) of class indices below len(classes).
+def in_threads(function, items):
+    """Yields (result, None) or (None, the ValueError's sentence) of each item, in order."""
+    def attempt(item):
+        try:
+            return function(item), None
+        except ValueError as error:
+            return None, str(error)
+    with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
+        yield from pool.map(attempt, items)
 
-    label: None for an index mask; a class index for a 0/255 mask, whose pixels >= 128 become that class.
-    """
-    if label is not None:
-        picture = open_picture(path)
-        if len(picture.getbands()) != 1:
-            raise ValueError(f"{path}: a 0/255 mask has one channel, this one is {picture.mode}")
-        return ((np.array(picture.convert("L")) >= 128) * label).astype(np.uint8)
-    mask = inspect_rules.read_mask(path, classes)
-    if mask.max(initial=0) >= len(classes):
-        raise ValueError(f"{path}: mask has the values {np.unique(mask)[:12].tolist()} but the classes are "
-                         f"0..{len(classes) - 1} ({', '.join(classes)}); add what is missing to classes.json")
-    return mask.astype(np.uint8)
-
-
-# --- data sets ---
 
 class DefectDataset:
     """Images with index masks. dataset[i] -> (image uint8 (C, H, W), mask uint8 (H, W)), at `size` if any.
 
     Attributes: name, classes (tuple, [0] = "background"), samples (list of Sample), channels (1 or 3),
     size ((H, W) or None), splits ({name: sample names} of split.json), split_rule (what decided which images
-    are here), notes (sentences on files left out), problems (list of (what, file): files without a partner).
+    are here), notes (sentences on files left out), problems (files without a partner, and what they lack).
     """
 
     def __init__(self, name, classes, samples, channels, splits=(), notes=(), problems=()):
         self.name, self.classes, self.samples, self.channels = name, tuple(classes), list(samples), channels
         self.splits, self.notes, self.problems = dict(splits), list(notes), list(problems)
         self.size, self.split_rule = None, "all images"
-        self._classes_in = {}                                       # shared by all subsets
+        self._classes_in = {}                                   # shared by all subsets
 
     def __len__(self):
         return len(self.samples)
@@ -158,21 +140,31 @@ class DefectDataset:
         picture = to_mode(open_picture(path), self.channels)
         if picture.size != mask.shape[::-1]:
             raise ValueError(f"{path} is {picture.height}x{picture.width} but its mask is "
-                             f"{mask.shape[0]}x{mask.shape[1]}; they must have the same size")
+                             "{}x{}; they must have the same size".format(*mask.shape))
         if size is not None and tuple(size) != mask.shape:
             picture = picture.resize(size[::-1], Image.BILINEAR)
             mask = np.array(Image.fromarray(mask).resize(size[::-1], Image.NEAREST))
-        return torch.from_numpy(to_array(picture)), torch.from_numpy(mask)
+        return as_tensor(picture), torch.from_numpy(mask)
 
     def read_mask(self, i):
-        """Mask i at native size: uint8 array (H, W). The photo is not decoded."""
-        sample = self.samples[i]
-        if sample.mask is None:
-            return np.zeros(open_picture(sample.image).size[::-1], np.uint8)
-        return read_mask(sample.mask, self.classes, sample.label)
+        """Mask i at native size: uint8 array (H, W), class indices. The photo is not decoded."""
+        _, photo, path, _, label = self.samples[i]
+        if path is None:
+            return np.zeros(open_picture(photo).size[::-1], np.uint8)
+        if label is not None:
+            picture = open_picture(path)
+            if len(picture.getbands()) != 1:
+                raise ValueError(f"{path}: a 0/255 mask has one channel, this one is {picture.mode}")
+            return ((np.array(picture.convert("L")) >= 128) * label).astype(np.uint8)
+        mask, classes = inspect_rules.read_mask(path, self.classes), ", ".join(self.classes)
+        if mask.max() >= len(self.classes):
+            values = np.unique(mask)[:12].tolist()
+            raise ValueError(f"{path}: mask has the values {values} but the classes are 0.."
+                             f"{len(self.classes) - 1} ({classes}); add what is missing to classes.json")
+        return mask.astype(np.uint8)
 
     def classes_in(self, i):
-        """Class indices in mask i but the background; None if it cannot be read, which tensors() reports."""
+        """Class indices in mask i but the background; None if it cannot be read: tensors() reports that."""
         name = self.samples[i].name
         if name not in self._classes_in:
             try:
@@ -188,22 +180,13 @@ class DefectDataset:
 
     def subset(self, indices):
         """The same data set with some of its samples."""
-        part = object.__new__(type(self))
-        part.__dict__.update(self.__dict__, samples=[self.samples[i] for i in indices])
+        part = copy(self)
+        part.samples = [self.samples[i] for i in indices]
         return part
 
     def tensors(self):
-        """All of it, decoded by threads: images uint8 (N, C, H, W), masks uint8 (N, H, W). Needs a size.
-
-        Raises ValueError that names every file that cannot be used.
-        """
-        def attempt(i):
-            try:
-                return self[i], None
-            except ValueError as error:
-                return None, str(error)
-        with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
-            pairs, errors = zip(*pool.map(attempt, range(len(self))))
+        """Images uint8 (N, C, H, W), masks uint8 (N, H, W) at `size`. A ValueError names every bad file."""
+        pairs, errors = zip(*in_threads(self.__getitem__, range(len(self))))
         if errors := [error for error in errors if error]:
             raise ValueError(f"{len(errors)} of {len(self)} samples of {self.name} cannot be used:\n  "
                              + "\n  ".join(errors))
@@ -212,38 +195,42 @@ class DefectDataset:
 
     def part(self, split):
         """The samples of one list of the split; see open_dataset."""
-        position = {s.name: i for i, s in enumerate(self.samples)}
         splits, rule = self.splits, "split.json"
         if not splits:
-            parts = zip(("train", "test"), few_shot_split(self))
-            splits = {name: [self.samples[i].name for i in indices] for name, indices in parts}
-            rule = f"the first {FEW_SHOT} images of each {'kind' if self.samples[0].kind else 'class'} train"
+            seen, splits = Counter(), {"train": [], "test": []}
+            for i, sample in enumerate(self.samples):           # without a kind each class of the mask counts
+                groups = [sample.kind] if sample.kind else self.classes_in(i) or [0]
+                first = any(seen[group] < FEW_SHOT for group in groups)
+                splits["train" if first else "test"].append(sample.name)
+                seen.update(groups)
+            group = "kind" if all(sample.kind for sample in self.samples) else "class"
+            rule = f"the first {FEW_SHOT} images of each {group} train"
         if split not in splits:
             raise ValueError(f"{self.name} has no split '{split}'; there are {', '.join(splits)}")
-        missing = [name for name in splits[split] if name not in position]
+        missing = set(splits[split]) - {sample.name for sample in self.samples}
         if missing and not self.problems:
             raise ValueError(f"split.json, '{split}': {len(missing)} images are not there: {listed(missing)}")
         if not splits[split]:
             raise ValueError(f"the split '{split}' of {self.name} is empty ({rule})")
-        part = self.subset([position[name] for name in splits[split] if name in position])
+        wanted = set(splits[split])             # as they lie in the folder: the order of a list means nothing
+        part = self.subset([i for i, sample in enumerate(self.samples) if sample.name in wanted])
         part.split_rule = f"split {split}: {rule}"
         return part
 
 
 class DrawnDataset(DefectDataset):
-    """The embedded drawn products, made on request at any size: 20 images of each kind."""
+    """The embedded drawn products, made on request at any size: 20 images of each kind. coarse: one class."""
 
-    def __init__(self, product, annotation):
-        kinds, self.product, self.annotation = DRAWN[product].kinds, product, annotation
+    def __init__(self, product, coarse):
+        kinds, self.product, self.coarse = DRAWN[product].kinds, product, coarse
         samples = [Sample(f"{kind}/{n:03d}", n * len(kinds) + k, kind=kind)
                    for k, kind in enumerate(kinds) for n in range(20)]
-        classes = DRAWN[product].classes if annotation == "spectrum" else ("background", "defect")
+        classes = ("background", "defect") if coarse else DRAWN[product].classes
         super().__init__(f"drawn:{product}", classes, samples, channels=3)
 
     def read(self, i, size=None):
-        image, spectrum, original, _, _ = draw(self.product, 0, self.samples[i].image, size)
-        mask = spectrum if self.annotation == "spectrum" else original
-        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(mask)
+        image, exact, original, _, _ = draw(self.product, 0, self.samples[i].image, size)
+        return as_tensor(image), torch.from_numpy(original if self.coarse else exact)
 
     def read_mask(self, i):
         return self.read(i)[1].numpy()
@@ -266,7 +253,7 @@ def open_dataset(spec, size=None, split=None, object=None):
     dataset = find_dataset(spec, object)
     if dataset.problems:
         raise ValueError(f"{spec}: {len(dataset.problems)} files find no partner of their name: "
-                         + listed(f"{file} ({what})" for what, file in dataset.problems))
+                         + listed(dataset.problems))
     dataset = dataset if split is None else dataset.part(split)
     dataset.size = None if size is None else tuple(size)
     return dataset
@@ -276,154 +263,116 @@ def find_dataset(spec, object=None):
     """All samples, with files that find no partner in .problems; see open_dataset."""
     spec = str(spec)
     if spec.startswith("drawn:"):
-        _, product, *annotation = spec.split(":")
-        if product not in DRAWN or annotation not in ([], ["original"]):
-            raise ValueError(f"unknown drawn object '{spec}'; there are "
-                             + ", ".join(f"drawn:{p}, drawn:{p}:original" for p in DRAWN))
-        return DrawnDataset(product, annotation[0] if annotation else "spectrum")
-    root = pick_object(spec, object)
-    name, notes, (samples, problems, classes) = root.resolve().name, [], read_layout(root)
+        drawn = {f"drawn:{p}{ending}": (p, bool(ending)) for p in DRAWN for ending in ("", ":original")}
+        if spec not in drawn:
+            raise ValueError(f"unknown drawn object '{spec}'; there are {', '.join(drawn)}")
+        return DrawnDataset(*drawn[spec])
+    root = Path(spec)
+    if not root.is_dir():
+        there = listed(p.name for p in listing(root.parent) if p.is_dir())
+        raise FileNotFoundError(f"--data {root}: no such folder; {root.parent} holds {there}")
+    objects = find_objects(root)
+    if not objects:
+        raise ValueError(f"--data {root}: no layout that is read here, there or below. Expected\n{LAYOUTS}\n"
+                         f"Convert any other with: python data/convert.py {root} --out NEW")
+    wanted = [object] if object in objects else [
+        name for name in objects if not object or name.split("/")[-1] == object]
+    if not wanted:
+        raise FileNotFoundError(f"--object {object}: not in {root}; there are {listed(objects, 60)}")
+    if len(wanted) > 1:
+        raise ValueError(f"--data {root} holds several; choose one with --object: {listed(wanted, 60)}")
+    return read_folder(*objects[wanted[0]])
+
+
+def read_folder(photos, masks):
+    """The data set of a folder of photos and one of masks, which find_objects finds; see find_dataset."""
+    root, notes, binary_kinds, classes = photos.parent, [], [], None
+    name = root.resolve().name
+    if photos.name == "test":                                   # MVTec AD: its kinds are the classes
+        binary_kinds = [p.name for p in listing(photos) if p.is_dir() and p.name not in GOOD_KINDS]
+        classes = "background", *binary_kinds
+    samples, problems = find_pairs(photos, masks, binary_kinds)
     if not samples and not problems:
         raise ValueError(f"--data {root}: no images in it; expected\n{LAYOUTS}")
     if (root / "classes.json").exists():
         classes = read_classes(root / "classes.json")
     elif name in FOREIGN:
-        notes += [f"photos of another product: {listed(FOREIGN[name])}"]
+        notes = [f"photos of another product: {listed(FOREIGN[name])}"]
         samples = [s for s in samples if s.name not in FOREIGN[name]]
     classes = classes or CLASS_TABLES.get(name) or classes_of_values(root, samples)
-    channels = 1 if all(is_grey(s.image) for s in samples) else 3
+    pictures = [sample.image for sample in samples]             # the first alone: most sets are in colour
+    grey = all(map(is_grey, pictures[:1])) and all(same for same, _ in in_threads(is_grey, pictures[1:]))
+    channels = 1 if grey else 3
     return DefectDataset(name, classes, samples, channels, read_splits(root / "split.json"), notes, problems)
+
+
+def find_objects(root, depth=3):
+    """{path below root: (folder of photos, of masks)} of the data sets there; "" is root itself."""
+    for photos, masks in ("image", "mask"), ("images", "masks"), ("test", "ground_truth"):
+        if (root / photos).is_dir() and (photos == "image" or (root / masks).is_dir()):
+            return {"": (root / photos, root / masks)}
+    return {f"{folder.name}/{name}".rstrip("/"): found for folder in listing(root) if depth
+            for name, found in find_objects(folder, depth - 1).items()}
+
+
+def find_pairs(photos, masks, binary_kinds=()):
+    """(samples, problems) of two folders. The mask of `stem` is stem_mask or stem: never paired by position.
+
+    binary_kinds: the kinds whose masks are 0/255, in the order of their classes.
+    """
+    found, unused, partner, samples, problems = images_in(photos), images_in(masks), {}, [], []
+    for end in ("_mask", ""):           # all of the first kind first: an image may itself be called 007_mask
+        for kind, stem in found:
+            if (kind, stem) not in partner and (kind, stem + end) in unused:
+                partner[kind, stem] = unused.pop((kind, stem + end))
+    for (kind, stem), path in found.items():
+        if (kind, stem) in partner or kind in GOOD_KINDS:
+            name, mask = f"{kind}/{stem}" if kind else stem, partner.get((kind, stem))
+            label = binary_kinds.index(kind) + 1 if kind in binary_kinds else None
+            samples.append(Sample(name, path, mask, kind, label))
+        else:
+            problems.append(f"{path.relative_to(photos.parent)} (no mask)")
+    return samples, problems + [f"{path.relative_to(masks.parent)} (no image)" for path in unused.values()]
+
+
+def images_in(folder):
+    """{(kind, stem): path} of the images in a folder, whose kind is "", and in its sub-folders, the kinds."""
+    files = {}
+    for parent in [folder, *listing(folder)]:
+        kind = "" if parent == folder else parent.name
+        for path in listing(parent):
+            if path.suffix.lower() in IMAGE_SUFFIXES:
+                twin = (kind, path.stem) in files               # a second file of one stem finds no partner
+                files[kind, path.name if twin else path.stem] = path
+    return files
+
+
+def listing(folder):
+    """What lies in a folder, in natural order (2 before 10), without dot files; [] where there is none."""
+    def natural(path):
+        parts = [part for part in re.split(r"(\d+)", path.name) if part]
+        return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts], path.name
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted((path for path in paths if path.name[0] != "."), key=natural)
+
+
+def classes_of_values(root, samples):
+    """Names for index masks that come without a class table: class_1 up to the highest value."""
+    masks = (open_picture(sample.mask) for sample in samples if sample.mask)
+    top = max((int(np.max(mask)) for mask in masks if len(mask.getbands()) == 1), default=0)
+    if top > 64:                        # a mask in colour is reported when it is read
+        raise ValueError(f"{root}: a mask holds the value {top} without a classes.json. If it is 0/255: "
+                         f"python data/convert.py {root} --out NEW --layout binary")
+    return ("background", *(f"class_{i}" for i in range(1, top + 1)))
 
 
 def read_splits(path):
     """{name: sample names} of a split.json, {} where there is none."""
     splits = read_json(path) if path.exists() else {}
     lists = splits.values() if isinstance(splits, dict) else [None]
-    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists):
+    if not all(isinstance(part, list) and all(isinstance(name, str) for name in part) for part in lists):
         raise ValueError(f'{path}: expected {{"train": ["<kind>/<stem>", ...], "test": [...]}}')
     return splits
-
-
-def classes_of_values(root, samples):
-    """Names for index masks that come without a class table: class_1 up to the highest value."""
-    top = 0
-    for sample in samples:
-        picture = open_picture(sample.mask) if sample.mask else None
-        if picture and len(picture.getbands()) == 1:            # a colour mask is reported when it is read
-            top = max(top, int(np.array(picture).max()))
-    if top > 64:
-        raise ValueError(f"{root}: a mask holds the value {top} without a classes.json. If it is 0/255: "
-                         f"python data/convert.py {root} --out NEW --layout binary")
-    return ("background", *(f"class_{i}" for i in range(1, top + 1)))
-
-
-# --- layouts ---
-
-def read_layout(root):
-    """(samples, problems, classes or None) of a folder in one of LAYOUTS."""
-    if (root / "image").is_dir():
-        return *find_pairs(root / "image", root / "mask"), None
-    if (root / "images").is_dir():
-        return *find_pairs(root / "images", root / "masks"), None
-    kinds = [p.name for p in folders_in(root / "test") if p.name not in GOOD_KINDS]
-    return *find_pairs(root / "test", root / "ground_truth", kinds), ("background", *kinds)
-
-
-def has_layout(root):
-    """Whether a folder is in one of LAYOUTS."""
-    both = ("images", "masks"), ("test", "ground_truth")
-    return (root / "image").is_dir() or any(all((root / name).is_dir() for name in pair) for pair in both)
-
-
-def find_pairs(images, masks, binary_kinds=()):
-    """(samples, problems) of two folders: their own files, and those of each sub-folder, which is the kind.
-
-    The mask of `stem` is stem_mask or stem: by name, never by position. binary_kinds: the kinds whose masks
-    are 0/255, in the order of their classes.
-    """
-    samples, problems = [], []
-    kinds = sorted({p.name for folder in (images, masks) for p in folders_in(folder)}, key=natural)
-    for kind in ["", *kinds]:
-        photos, unused, partner = files_in(images / kind), files_in(masks / kind), {}
-        for end in ("_mask", ""):       # all of the first kind first: an image may itself be called 007_mask
-            for stem in photos:
-                if stem not in partner and stem + end in unused:
-                    partner[stem] = unused.pop(stem + end)
-        label = binary_kinds.index(kind) + 1 if kind in binary_kinds else None
-        for stem, path in photos.items():
-            if stem in partner or kind in GOOD_KINDS:
-                name = f"{kind}/{stem}" if kind else stem
-                samples.append(Sample(name, path, partner.get(stem), kind, label))
-            else:
-                problems.append(("no mask", str(path.relative_to(images.parent))))
-        problems += [("no image", str(path.relative_to(masks.parent))) for path in unused.values()]
-    return samples, problems
-
-
-def natural(text):
-    """Sort key that counts: 2 before 10, '472' before '1836'."""
-    parts = re.split(r"(\d+)", text)
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part]
-
-
-def files_in(folder):
-    """Image files directly in a folder, {stem: path}, in natural order; a missing folder gives nothing.
-
-    A second file of one stem is filed under its whole name, so that it comes out as a file without a partner.
-    """
-    files = {}
-    for path in sorted(folder.iterdir() if folder.is_dir() else (), key=lambda p: natural(p.name)):
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
-            files[path.name if path.stem in files else path.stem] = path
-    return files
-
-
-def folders_in(folder):
-    """Sub-folders in natural order; a missing folder has none."""
-    below = [p for p in folder.iterdir() if p.is_dir() and p.name[0] != "."] if folder.is_dir() else []
-    return sorted(below, key=lambda p: natural(p.name))
-
-
-def find_objects(root, depth=3):
-    """{path below root: folder} of the data sets at or below root; "" for root itself."""
-    if has_layout(root):
-        return {"": root}
-    found = {}
-    for folder in folders_in(root) if depth else ():
-        for name, path in find_objects(folder, depth - 1).items():
-            found[f"{folder.name}/{name}".rstrip("/")] = path
-    return found
-
-
-def pick_object(spec, name):
-    """The one folder that --data and --object mean."""
-    root = Path(spec)
-    if not root.is_dir():
-        there = listed(p.name for p in folders_in(root.parent))
-        raise FileNotFoundError(f"--data {root}: no such folder; {root.parent} holds {there}")
-    objects = find_objects(root)
-    if not objects:
-        raise ValueError(f"--data {root}: no layout that is read here, there or below. Expected\n{LAYOUTS}\n"
-                         f"Convert any other with: python data/convert.py {root} --out NEW")
-    wanted = [n for n in objects if not name or name in (n, n.split("/")[-1])]
-    if not wanted:
-        raise FileNotFoundError(f"--object {name}: not in {root}; there are {listed(objects, 60)}")
-    if len(wanted) > 1:
-        raise ValueError(f"--data {root} holds several; choose one with --object: {listed(wanted, 60)}")
-    return objects[wanted[0]]
-
-
-def few_shot_split(dataset):
-    """(train, rest): indices of the first FEW_SHOT images of each kind in natural order, and of all others.
-
-    Images without a kind count for each class in their mask: one trains if it is among the first of any.
-    """
-    seen, train, rest = Counter(), [], []
-    for i, sample in enumerate(dataset.samples):
-        groups = [sample.kind] if sample.kind else dataset.classes_in(i) or [0]
-        (train if any(seen[g] < FEW_SHOT for g in groups) else rest).append(i)
-        seen.update(groups)
-    return train, rest
 
 
 def augment(image, mask, names, generator):
@@ -458,14 +407,9 @@ def write_atomically(path, write):
 
 
 def write_json(path, value):
-    """Write plain values; not-a-number becomes null, which JSON has."""
-    def plain(v):
-        if isinstance(v, dict):
-            return {key: plain(part) for key, part in v.items()}
-        if isinstance(v, (list, tuple)):
-            return [plain(part) for part in v]
-        return None if isinstance(v, float) and math.isnan(v) else v
-    write_atomically(path, lambda p: p.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n"))
+    """Write plain values; not-a-number and infinity become null, which JSON has."""
+    value = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    write_atomically(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))
 
 
 def write_image(path, image):
@@ -478,9 +422,8 @@ def write_image(path, image):
 
 def pair_paths(folder, name, kind):
     """Image, mask and colour mask of one pair in the Defect Spectrum layout."""
-    folder = Path(folder)
-    return (folder / "image" / kind / f"{name}.png", folder / "mask" / kind / f"{name}_mask.png",
-            folder / "rgb_mask" / kind / f"{name}_rgb_mask.png")
+    ends = ("image", ""), ("mask", "_mask"), ("rgb_mask", "_rgb_mask")
+    return tuple(Path(folder) / part / kind / f"{name}{end}.png" for part, end in ends)
 
 
 def write_pair(folder, name, image, mask, kind):
@@ -498,14 +441,10 @@ def write_classes(folder, classes):
 
 # --- pictures for the eye ---
 
-def colour_index(k):
-    """Row of PALETTE of class k: 0 is black and background's alone, more classes than colours begin again."""
-    return (k > 0) * (1 + (k - 1) % (len(PALETTE) - 1))
-
-
 def colorize(mask):
-    """Mask (H, W) -> uint8 (3, H, W), one colour per class, black background."""
-    return PALETTE[colour_index(np.asarray(mask, int))].transpose(2, 0, 1)
+    """Mask (H, W) -> uint8 (3, H, W): black background, a colour per class, which repeat after eleven."""
+    k = np.asarray(mask, int)
+    return PALETTE[(k > 0) * (1 + (k - 1) % (len(PALETTE) - 1))].transpose(2, 0, 1)
 
 
 def overlay(image, mask, strength=0.55):
@@ -517,8 +456,9 @@ def overlay(image, mask, strength=0.55):
 
 
 def sheet(rows, titles=(), classes=(), tile=128):
-    """A contact sheet, as a PIL image. rows: list of (caption, [uint8 (C, H, W), ...]), all of one size;
-    titles: one per column; classes: a legend of colours. Small pictures are enlarged to about `tile` px.
+    """A contact sheet, as a PIL image. Small pictures are enlarged to about `tile` px.
+
+    rows: list of (caption, [uint8 (C, H, W), ...]), of one size; titles: one per column; classes: a legend.
     """
     height, width = np.asarray(rows[0][1][0]).shape[1:]
     scale, font = max(1, tile // max(height, width)), ImageFont.load_default(13)
@@ -535,11 +475,11 @@ def sheet(rows, titles=(), classes=(), tile=128):
         pen.text((4, top + r * cell_h + cell_h // 2 - 8), caption, "black", font)
         for c, picture in enumerate(pictures):
             array = np.broadcast_to(np.asarray(picture), (3, height, width)).transpose(1, 2, 0)
-            small = Image.fromarray(np.ascontiguousarray(array))
-            canvas.paste(ImageOps.scale(small, scale, Image.NEAREST), (left + c * cell_w, top + r * cell_h))
+            enlarged = Image.fromarray(array.repeat(scale, 0).repeat(scale, 1))
+            canvas.paste(enlarged, (left + c * cell_w, top + r * cell_h))
     x, y = 4, canvas.height - 20
     for i, name in enumerate(classes[1:], 1):
-        pen.rectangle((x, y, x + 14, y + 14), tuple(PALETTE[colour_index(i)].tolist()))
+        pen.rectangle((x, y, x + 14, y + 14), tuple(colorize([[i]]).ravel().tolist()))
         pen.text((x + 18, y - 1), name, "black", font)
         x += 30 + int(font.getlength(name))
     return canvas
@@ -547,16 +487,15 @@ def sheet(rows, titles=(), classes=(), tile=128):
 
 def listed(names, most=8):
     """'a, b, c and 5 more', 'none' for nothing."""
-    names = [str(name) for name in names]
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(names[:most]) or "none") + more
+    names = [str(name) for name in names] or ["none"]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def describe(dataset):
     """What was opened and which images were taken: one line, and one for each group of files left out."""
     classes = ", ".join(dataset.classes[1:])
-    line = f"{dataset.name}: {len(dataset)} images ({dataset.split_rule}), classes {classes}"
-    return "\n".join([line] + [f"  left out, {note}" for note in dataset.notes])
+    lines = [f"{dataset.name}: {len(dataset)} images ({dataset.split_rule}), classes {classes}"]
+    return "\n".join(lines + [f"  left out, {note}" for note in dataset.notes])
 
 
 # --- what every command shares ---
@@ -609,41 +548,26 @@ def run_main(main):
 # --- python datasets.py: the audit ---
 
 def audit(dataset):
-    """What a data set holds, counted at native size. A broken file is a row of the audit, not its end.
-
-    Returns a dict: "classes" has for each class its pixels, and the area in px on each image that has it.
-    """
+    """What a data set holds, a dict. "classes": for each, its area in native px on each image that has it."""
     def measure(i):
-        try:
-            mask = dataset.read(i)[1]
-            return tuple(mask.shape), torch.bincount(mask.flatten(), minlength=len(dataset.classes)).tolist()
-        except ValueError as error:
-            return str(error), None
+        mask = dataset.read(i)[1].numpy()
+        return "{}x{}".format(*mask.shape), np.bincount(mask.ravel(), minlength=len(dataset.classes))
 
-    problems = [f"{file}: {what}" for what, file in dataset.problems]
-    sizes, areas, annotated, several, empty = Counter(), {name: [] for name in dataset.classes}, 0, 0, []
-    with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
-        measured = list(pool.map(measure, range(len(dataset))))
-    for sample, (size, pixels) in zip(dataset.samples, measured):
-        if pixels is None:
-            problems.append(size)                                   # the error's sentence
-            continue
-        present = sum(count > 0 for count in pixels[1:])
-        sizes["{}x{}".format(*size)] += 1
-        annotated += present > 0
-        several += present > 1
-        for name, count in zip(dataset.classes, pixels):
-            areas[name] += [count] if count else []
-        if not present and sample.kind not in GOOD_KINDS:
-            empty.append(sample.name)
-    return {"name": dataset.name, "images": len(dataset), "channels": dataset.channels, "sizes": sizes,
-            "kinds": Counter(s.kind or "(no kind)" for s in dataset.samples), "classes": areas,
-            "annotated": annotated, "several_classes": several, "empty_masks": empty, "problems": problems}
+    measured = list(in_threads(measure, range(len(dataset))))
+    readable = [(sample, *result) for sample, (result, _) in zip(dataset.samples, measured) if result]
+    pixels = np.array([counts for _, _, counts in readable]).reshape(-1, len(dataset.classes))
+    present = (pixels[:, 1:] > 0).sum(1)                        # how many classes, on each image
+    empty = [s.name for (s, _, _), n in zip(readable, present) if n == 0 and s.kind not in GOOD_KINDS]
+    return {"images": len(dataset), "kinds": Counter(s.kind or "(no kind)" for s in dataset.samples),
+            "sizes": Counter(size for _, size, _ in readable), "empty_masks": empty,
+            "classes": {name: area[area > 0].tolist() for name, area in zip(dataset.classes, pixels.T)},
+            "annotated": (present > 0).sum(), "several_classes": (present > 1).sum(),
+            "problems": dataset.problems + [error for _, error in measured if error]}
 
 
-def print_audit(report, notes=()):
+def print_audit(dataset, report):
     """Print one data set's audit: kinds, sizes, a row per class, and what is wrong."""
-    print(f"\n{report['name']}: {report['images']} images, {'grey' if report['channels'] == 1 else 'RGB'}")
+    print(f"\n{dataset.name}: {len(dataset)} images, {'grey' if dataset.channels == 1 else 'RGB'}")
     print("  images per kind:  " + listed((f"{kind} {n}" for kind, n in report["kinds"].items()), 20))
     print("  sizes:            " + listed(f"{size} ({n})" for size, n in report["sizes"].most_common()))
     print(f"  {'class':<24}{'pixels':>14}{'share':>10}{'images':>8}   px per image: least, median, most")
@@ -653,7 +577,7 @@ def print_audit(report, notes=()):
         print(row + (f"   {min(areas)}, {np.median(areas):.0f}, {max(areas)}" if areas and k else ""))
     if report["empty_masks"]:
         print(f"  empty masks ({len(report['empty_masks'])}): {listed(report['empty_masks'])}")
-    for note in notes:
+    for note in dataset.notes:
         print(f"  left out, {note}")
     for problem in report["problems"]:
         print(f"  problem: {problem}")
@@ -661,16 +585,13 @@ def print_audit(report, notes=()):
 
 def contact_sheet(dataset, per_kind=4, tile=160):
     """Images, each beside itself with its mask laid over, defects first; None if nothing can be read."""
-    rows, kinds = [], {s.kind: None for s in dataset.samples}
+    rows = []
+    kinds = dict.fromkeys(sample.kind for sample in dataset.samples)
     for kind in sorted(kinds, key=lambda kind: kind in GOOD_KINDS):
-        pictures = []
-        for i in [i for i, s in enumerate(dataset.samples) if s.kind == kind][:per_kind]:
-            try:
-                image, mask = dataset.read(i, (tile, tile))
-                pictures += [image, overlay(image, mask)]
-            except ValueError:
-                continue                            # it is in the list of problems
-        rows += [(kind, pictures)] if pictures else []
+        chosen = [i for i, sample in enumerate(dataset.samples) if sample.kind == kind][:per_kind]
+        pairs = [pair for pair, _ in in_threads(lambda i: dataset.read(i, (tile, tile)), chosen) if pair]
+        pictures = [picture for image, mask in pairs for picture in (image, overlay(image, mask))]
+        rows += [(kind, pictures)] if pairs else []
     return sheet(rows, classes=dataset.classes, tile=tile) if rows else None
 
 
@@ -688,7 +609,7 @@ def main():
         dataset = find_dataset(args.data, name)
         dataset = dataset.part(args.split) if args.split else dataset
         report = reports[name or dataset.name] = audit(dataset)
-        print_audit(report, dataset.notes)
+        print_audit(dataset, report)
         if picture := contact_sheet(dataset):
             ending = "_" + name.replace("/", "_") if len(names) > 1 else ""
             path = args.sheet.with_stem(args.sheet.stem + ending)

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from datasets import (DefectDataset, Sample, files_in, has_layout, is_grey, open_dataset, open_picture,
-                      overlay, pair_paths, pick_device, read_mask, run_main, sheet, to_array, to_mode,
-                      write_classes, write_image, write_json, write_pair)
+from datasets import (DefectDataset, Sample, as_tensor, find_objects, images_in, is_grey, open_dataset,
+                      open_picture, overlay, pair_paths, pick_device, run_main, sheet, to_mode, write_classes,
+                      write_image, write_json, write_pair)
 from defect_gen import NUM_STEPS, SWITCH_T, DefectGen
 from diffusion import METHODS, SPACINGS, rng
 from evaluate import defect_crops, distances, halved, mask_fit
@@ -159,7 +159,7 @@ def draw_pairs(args):
 def open_photos(args, generator):
     """The photos to paint into: a folder's; or a data set's without a defect, or all if each has one."""
     spec, channels = args.photos, generator.config["channels"]
-    if spec.startswith("drawn:") or has_layout(Path(spec)):
+    if spec.startswith("drawn:") or find_objects(Path(spec)):
         photos = open_dataset(spec, split=args.split)
         if photos.classes != generator.classes:
             raise ValueError(f"--photos {spec} has the classes {', '.join(photos.classes)}, but {args.run} "
@@ -167,7 +167,7 @@ def open_photos(args, generator):
         defective = photos.defective()
         photos = photos.subset(sorted(set(range(len(photos))) - set(defective)) or defective)
     else:
-        samples = [Sample(stem, path) for stem, path in files_in(Path(spec)).items()]
+        samples = [Sample(stem, path) for (_, stem), path in images_in(Path(spec)).items()]
         grey = all(is_grey(sample.image) for sample in samples)
         photos = DefectDataset(spec, generator.classes, samples, 1 if grey else 3)
     if not len(photos):
@@ -221,15 +221,17 @@ class Wishes:
         names = [args.defect] if args.defect else generator.classes[1:]
         shapes = {k: self.train[1] == k for k in map(generator.classes.index, names)}
         self.shapes = {k: each[each.flatten(1).any(1)] for k, each in shapes.items() if each.any()}
-        self.files = {} if args.masks in MASKS else files_in(Path(args.masks))
-        if not self.files and args.masks not in MASKS:
+        files = {} if args.masks in MASKS else images_in(Path(args.masks))
+        samples = [Sample(stem.removesuffix("_mask"), None, path) for (_, stem), path in files.items()]
+        self.given = DefectDataset(args.masks, generator.classes, samples, channels=1)
+        if not samples and args.masks not in MASKS:
             raise ValueError(f"--masks {args.masks}: expected {', '.join(MASKS)} or a folder of index masks")
         if not self.shapes and args.masks == "training":
             raise ValueError(f"--defect {args.defect}: no mask that {args.run} was trained on has it")
         self.room = grown((self.train[1] > 0).any(0), min(generator.size) // 16)
         if args.where:
             where = to_mode(open_picture(args.where), 1).resize(generator.size[::-1])
-            self.room = torch.from_numpy(to_array(where)[0] >= 128)
+            self.room = as_tensor(where)[0] >= 128
 
     def mask(self, name, native, labelled, turn, seed):
         """(mask uint8 (H, W) of the run's size or None where it has no room, its source) for one photo.
@@ -249,12 +251,12 @@ class Wishes:
             if self.args.defect:
                 mask *= mask == self.generator.classes.index(self.args.defect)
         else:
+            names = [sample.name for sample in self.given.samples]
             stem = name.rpartition("/")[2]
-            own = [s for s in (stem, f"{stem}_mask") if s in self.files] or sorted(self.files)
-            path = self.files[own[turn % len(own)]]
-            mask, source = torch.from_numpy(read_mask(path, self.generator.classes)), str(path)
+            i = names.index(stem) if stem in names else turn % len(names)
+            mask, source = torch.from_numpy(self.given.read_mask(i)), str(self.given.samples[i].mask)
             if tuple(mask.shape) not in (size, native):
-                raise ValueError(f"{path} is {mask.shape[0]}x{mask.shape[1]}; expected "
+                raise ValueError(f"{source} is {mask.shape[0]}x{mask.shape[1]}; expected "
                                  f"{native[0]}x{native[1]}, as the photo {name}, or {size[0]}x{size[1]}")
             mask = F.interpolate(mask[None, None], size, mode="nearest-exact")[0, 0]
         return mask if mask.any() and room[mask > 0].all() else None, source
