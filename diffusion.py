@@ -192,7 +192,7 @@ def ddim_step(x_t, pred_x_start, t, t_prev, alphas_cumprod, eta=0.0, noise=None)
 
 @torch.inference_mode()
 def sample(denoise, x_T, timesteps, alphas_cumprod, method="dpm++", noise=None, limits=None, on_step=None,
-           repeats=1):
+           repeats=1, noise_scale=1.0):
     """Denoise x_T along one list of timesteps.
 
     ddim:  ddim_step with eta = 0.
@@ -211,6 +211,8 @@ def sample(denoise, x_T, timesteps, alphas_cumprod, method="dpm++", noise=None, 
         on_step:   called as on_step(t, x_t, pred_x_start) after each call of denoise.
         repeats:   each step is taken so often, and noised back between: where denoise knows parts of the
                    picture, the others then agree with them (RePaint, Lugmayr et al. 2022, section 4.2).
+        noise_scale: the noise left after each step is multiplied by it. A little above 1 makes up for a
+                   network that takes away too much and so loses grain (S_noise of Karras et al. 2022).
     Returns: (B, C, H, W) x_0, dtype and device of x_T.
     """
     check_choice("sampler", method, METHODS)
@@ -233,6 +235,9 @@ def sample(denoise, x_T, timesteps, alphas_cumprod, method="dpm++", noise=None, 
             x = ddim_step(x, direction, t, t_prev, alphas_cumprod, eta=1.0, noise=noise())
         else:
             x = ddim_step(x, direction, t, t_prev, alphas_cumprod)
+        if noise_scale != 1 and t_prev >= 0:
+            clean = alphas_cumprod[t_prev].item() ** 0.5 * direction
+            x = clean + noise_scale * (x - clean)
         if then != (t, t_prev):
             last = t, pred_x_start
         else:                                                       # back from t_prev to t

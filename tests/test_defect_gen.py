@@ -8,8 +8,8 @@ import torch
 import defect_gen
 from conftest import picture
 from datasets import open_dataset
-from defect_gen import (IMAGE_STD, NUM_STEPS, STAGES, DefectGen, Joint, checkpoints, enlarge, exact_denoiser,
-                        image_statistics, in_tiles, load_stage, switched, with_known)
+from defect_gen import (IMAGE_STD, NOISE_SCALE, NUM_STEPS, STAGES, DefectGen, Joint, checkpoints, enlarge,
+                        exact_denoiser, image_statistics, in_tiles, load_stage, switched, with_known)
 from diffusion import logsnr, noise_for, q_sample, rng, sample, schedule, timesteps
 from unet import UNet, receptive_field
 
@@ -158,7 +158,8 @@ def test_a_plan_is_drawn_to_its_end_enlarged_and_noised_to_the_first_step_of_sma
     x_T = noise_for([3], (6, 8, 8))()
     plan = sample(generator.denoiser(generator.large), x_T, steps, table, limits=limits)
     x = q_sample(enlarge(plan, (16, 16)), below[0], noise_for([~3], (6, 16, 16))(), table)
-    joint = sample(generator.denoiser(generator.small), x, below, table, limits=limits)
+    joint = sample(generator.denoiser(generator.small), x, below, table, limits=limits,
+                   noise_scale=NOISE_SCALE)
     assert all(map(torch.equal, generator.joint.decode(joint), (images, masks)))
 
     planned = generator.sample([3], switch_t=0)                 # large alone: the plan, enlarged

@@ -263,3 +263,17 @@ def test_rare_defects_come_as_often_as_they_should_at_the_default_steps(share, d
 
     assert 0.95 < drawn(NUM_STEPS) < 1.01 and drawn(1000) == pytest.approx(1, abs=0.01)
     assert share > 0.01 or drawn(20) == pytest.approx(0.85, abs=0.02)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_noise_scale_gives_back_what_a_denoiser_takes_away_too_much(method):
+    """Data with the deviation 0.5, and a network that believes 0.49."""
+    def denoise(x, t):
+        a = COSINE[t].item()
+        return a ** 0.5 * 0.49 ** 2 / (a * 0.49 ** 2 + 1 - a) * x
+
+    def deviation(noise_scale):
+        noise = noise_for([0], (1, 100, 100))
+        drawn = sample(denoise, noise(), timesteps(1000, 40), COSINE, method, noise, noise_scale=noise_scale)
+        return drawn.std().item()
+    assert deviation(1) < 0.5 and 1.005 * deviation(1) < deviation(1.003) < 1.1 * deviation(1)
