@@ -1,0 +1,174 @@
+"""Painted defects beside real and pasted ones: does a segmenter see what was wanted, does the border show?
+
+    python -m experiments.paint --run runs/demo --photos drawn:pill --count 16
+    python -m experiments.paint --run runs/mine --photos FOLDER --split train --count 64
+
+For each class: defects of the training photos, moved, are painted into the photos; copied and pasted into the
+same photos with a feathered border, the baseline; and real held-out pairs with the class. Judges are
+DeepLabV3+ trained on the run's training photos. Writes OUT/paint.json and OUT/paint_CLASS.png.
+"""
+import argparse
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from datasets import has_bf16, open_dataset, overlay, run_main, sheet, write_image, write_json
+from defect_gen import DefectGen
+from diffusion import rng
+from evaluate import INSPECTOR, mask_fit, print_table, spread
+from sample import RETRY, TRIES, Painter, grown, parse_args
+from segment import build, fit, predict
+
+VARIETY = 10            # seeds of one region
+
+
+def paste(photo, image, shape, centres, room, generator):
+    """Copy a defect, bool (H, W), from a training image to a random place of a photo: (image, mask) or None.
+
+    Its border is feathered over 2 px outside the mask. Its middle lies on `centres`, all of it on `room`.
+    """
+    places, at = centres.nonzero(), shape.nonzero()
+    middle = (at.amin(0) + at.amax(0)) // 2
+    for i in torch.randint(max(1, len(places)), (50 if len(places) else 0,), generator=generator):
+        down, right = (places[i] - middle).tolist()
+        moved = at + torch.tensor([down, right])
+        if (moved < 0).any() or (moved >= torch.tensor(room.shape)).any() or not room[tuple(moved.T)].all():
+            continue
+        alpha = F.avg_pool2d(grown(shape, 1)[None].float(), 3, 1, 1)[0].maximum(shape.float())
+        source, alpha = (part.roll((down, right), (-2, -1)) for part in (image.float(), alpha))
+        mask = shape.roll((down, right), (0, 1))
+        return (alpha * source + (1 - alpha) * photo).round().byte(), mask
+    return None
+
+
+def border(image, region):
+    """Mean difference of neighbours across a region's border, over that of the picture outside it."""
+    steps, edges = [], []
+    for axis in (-1, -2):
+        step, apart = image.float().diff(dim=axis).abs().mean(0), region.diff(dim=axis)
+        outside = ~region.narrow(axis, 1, region.shape[axis] - 1) & ~apart
+        steps.append((step[apart], step[outside]))
+    edges, others = (torch.cat(part) for part in zip(*steps))
+    return (edges.mean() / others.mean().clamp(min=0.5)).item()
+
+
+def sets_of(painter, k, count, test):
+    """{name: (images, masks)} of class k: painted, pasted into the same photos, and real."""
+    wishes, size = painter.wishes, painter.generator.size
+    donors, painted, pasted = wishes.shapes[k], [], []
+    images = wishes.train[0][(wishes.train[1] == k).flatten(1).any(1)]
+    for seed in range(count):
+        for n in range(TRIES):
+            i, own = (seed + n) % len(painter.photos), seed + RETRY * n
+            photo, old = painter.photos.read(i, size)
+            name = painter.photos.samples[i].name
+            wanted, _ = wishes.mask(name, size, old > 0, 0, own)
+            if wanted is None:
+                continue
+            region = grown(wanted > 0, min(size) // 32) & (old == 0)
+            drawn = painter.generator.paint(photo[None], (old + wanted)[None], region[None], [own])
+            painted.append((drawn[0][0], old + wanted))
+            room = wishes.room & (old == 0)
+            donor = own % len(donors)
+            found = paste(photo, images[donor], donors[donor], room & donors.any(0), room, rng(own))
+            if found:
+                pasted.append((found[0], old + found[1].byte() * k))
+            break
+    has = (test[1] == k).flatten(1).any(1)
+    real = test[0][has][:count], test[1][has][:count]
+    return {"real": real, **{name: tuple(map(torch.stack, zip(*pairs)))
+                             for name, pairs in (("painted", painted), ("pasted", pasted)) if pairs}}
+
+
+def score(pairs, k, judges, size):
+    """{name: values of the judges or pairs} of one set of class k."""
+    images, masks = pairs
+    fits, seen = [], []
+    for judge in judges:
+        said = judge(images)
+        fits.append(100 * mask_fit(said, masks).nanmean().item())
+        votes = torch.stack([((said == c) & (masks == k)).flatten(1).sum(1) for c in range(1, size)])
+        seen.append(100 * ((votes.argmax(0) == k - 1) & (votes.sum(0) > 0)).double().mean().item())
+    borders = [border(image, grown(mask == k, min(mask.shape) // 32)) for image, mask in zip(images, masks)]
+    return {"pairs": len(images), "fit %": fits, "class seen %": seen, "border": borders}
+
+
+def variety(painter, k):
+    """Mean deviation in grey levels, inside one region, of what VARIETY seeds paint for one mask."""
+    size = painter.generator.size
+    for i in range(len(painter.photos)):
+        photo, old = painter.photos.read(i, size)
+        wanted, _ = painter.wishes.mask("", size, old > 0, 0, i)
+        if wanted is not None:
+            inside = (wanted > 0).expand(VARIETY, *size)
+            images = painter.generator.paint(photo.expand(VARIETY, *photo.shape), inside.byte() * k, inside,
+                                             range(VARIETY))[0]
+            return images.float().std(0)[:, wanted > 0].mean().item()
+    return math.nan
+
+
+def measure_class(painter, k, judges, args, test):
+    """Rows of the table, and a sheet: painted pairs, those with the lowest fit last."""
+    generator = painter.generator
+    sets = sets_of(painter, k, args.count, test)
+    rows, numbers = [], {}
+    for name, pairs in sets.items():
+        numbers[name] = result = score(pairs, k, judges, len(generator.classes))
+        cells = [spread(result[column], 1) for column in ("fit %", "class seen %")]
+        result["variety"] = variety(painter, k) if name == "painted" else math.nan
+        rows.append([generator.classes[k], name, result["pairs"], *cells, spread(result["border"], 2),
+                     spread([result["variety"]], 1)])
+    pictures = []
+    for name, (images, masks) in sets.items():
+        order = mask_fit(judges[0](images), masks).nan_to_num(0).argsort(descending=True)
+        shown = order[torch.linspace(0, len(order) - 1, min(8, len(order))).long()]
+        pictures += [(name, list(images[shown])), ("mask", list(map(overlay, images[shown], masks[shown])))]
+    write_image(args.out / f"paint_{generator.classes[k]}.png", sheet(pictures, classes=generator.classes))
+    return rows, numbers
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Measure painted defects beside real and pasted ones.")
+    parser.add_argument("--run", default="runs/demo", help="a run with both stages (default: %(default)s)")
+    parser.add_argument("--photos", default="drawn:pill", help="to paint into, see sample.py (default: "
+                        "%(default)s)")
+    parser.add_argument("--split", help="of --photos (default: all)")
+    parser.add_argument("--count", type=int, default=64, help="pairs of each class (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=300, help="of each judge (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="judges (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/paint"), help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="one pair, one judge of two steps: shows that "
+                        "everything runs")
+    args = parser.parse_args()
+    if args.quick:
+        args.count, args.steps, args.seeds, args.out = 1, 2, 1, args.out / "quick"
+    generator = DefectGen.load(args.run)
+    config, size, classes = generator.config, generator.size, generator.classes
+    train, test = (open_dataset(config["data"], size, split, config.get("object"))
+                   for split in (config["split"], "test"))
+    real, held_out, judges = train.tensors(), test.subset(test.defective()).tensors(), []
+    for seed in range(args.seeds):
+        net = build(INSPECTOR, len(classes), seed)
+        fit(net, *real, args.steps, seed=seed, bf16=has_bf16(generator.device))
+        judges.append(lambda images, net=net: predict(net, images))
+        print(f"judge {seed + 1} of {args.seeds} trained", flush=True)
+    rows, numbers = [], {}
+    for k in range(1, len(classes)):
+        if not (real[1] == k).any():
+            continue                                                # no training defect to move
+        words = ["--run", args.run, "--photos", args.photos, "--defect", classes[k]]
+        painter = Painter(parse_args(words + (["--split", args.split] if args.split else [])), generator)
+        more, numbers[classes[k]] = measure_class(painter, k, judges, args, held_out)
+        rows += more
+        table = {"caption": f"{args.run}, photos of {args.photos}; judges: {args.steps} steps", "rows": rows,
+                 "head": ["class", "", "pairs", "fit %", "class seen %", "border", "variety"]}
+        write_json(args.out / "paint.json", {"table": table, "numbers": numbers})
+        print(f"{classes[k]} is done", flush=True)
+    print_table(table)
+    print(f"numbers and pictures: {args.out}")
+
+
+if __name__ == "__main__":
+    run_main(main)
