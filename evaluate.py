@@ -180,7 +180,7 @@ class Run:
         if self.train.classes != self.classes:
             raise ValueError(f"{self.data} has the classes {', '.join(self.train.classes)}, "
                              f"but {self.folder} was trained with {', '.join(self.classes)}")
-        if config["images"] != [self.train.samples[i].name for i in self.train.defective()]:
+        if set(config["images"]) != {self.train.samples[i].name for i in self.train.defective()}:
             raise ValueError(f"{self.data}: split {config['split']} no longer names the images that "
                              f"{self.folder} was trained on; restore it, or train again")
         if not self.test.defective():
