@@ -180,8 +180,8 @@ def test_split_json_wins_and_its_names_do_not_leave_the_folder(tmp_path):
     write_json(root / "split.json", splits)
     assert names(root, split="test") == splits["test"]
     assert open_dataset(root, split="test").split_rule == "split test: split.json"
-    write_json(root / "split.json", {"test": splits["test"][::-1]})     # the order of the list changes nothing:
-    assert names(root, split="test") == splits["test"]                  # batches go by place
+    write_json(root / "split.json", {"test": splits["test"][::-1]})     # the order of a list changes nothing
+    assert names(root, split="test") == splits["test"]
     write_json(root / "split.json", splits)
     says("bolt has no split 'val'; there are train, test, none", open_dataset, root, split="val")
     says("the split 'none' of bolt is empty", open_dataset, root, split="none")
