@@ -10,6 +10,7 @@ that were run before stay in them.
 """
 import argparse
 import base64
+import hashlib
 import html
 import math
 import platform
@@ -27,7 +28,8 @@ from defect_gen import STAGES, load_stage
 from diffusion import rng
 from inspect_rules import (STANDARDS, find_components, find_runs, judge, load_standard, read_json, recall_fpr,
                            verdict, wilson_interval)
-from segment import build, check_arch, confusion_matrix, fit, load_backbone, miou, mix, predict
+from segment import (build, check_arch, confusion_matrix, draw_table, fit, load_backbone, miou, mix,
+                     predict)
 
 COPY_BELOW = 0.5        # half as new as a real photo; 0 to 3 % of held-out drawn products lie below
 INSPECTOR = "deeplabv3+"        # the network of the inspection, and the judge of masks
@@ -168,6 +170,17 @@ def measure(pairs, seen_masks, training, reference):
 
 # --- the run ---
 
+def fingerprint(*parts):
+    """16 hex digits of tensors, files (Path) and plain values: what a result that is kept was made from."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            digest.update(part.numpy().tobytes())
+        else:
+            digest.update(part.read_bytes() if isinstance(part, Path) else repr(part).encode())
+    return digest.hexdigest()[:16]
+
+
 class Run:
     """A trained run: its data opened and checked, its pairs, and the segmenters trained on them."""
 
@@ -204,7 +217,10 @@ class Run:
 
     @cached_property
     def mixed(self):
-        """Real and generated pairs 1:1, near the paper's best ratio; fewer generated if there are fewer."""
+        """Real and generated pairs 1:1, near the paper's best ratio; fewer generated if there are fewer.
+
+        Images, masks and the table to draw them by.
+        """
         return mix(self.real, self.generated, min(1, len(self.generated[0]) / len(self.real[0])))
 
     @cached_property
@@ -222,25 +238,33 @@ class Run:
         return (images, (masks > 0).byte()), f"those of {spec}"
 
     def pool(self, name):
-        """(pairs, number of classes) to train a segmenter on."""
-        if name == "original":
-            return self.original[0], 2
-        return (self.real if name == "real" else self.mixed), len(self.classes)
+        """Images, masks, table to draw by, number of classes. Pools differ in what they are named for alone:
+        original labels come with the same photos at the same places of the same batches as exact ones.
+        """
+        if name == "real + generated":
+            return *self.mixed, len(self.classes)
+        pairs, num_classes = (self.original[0], 2) if name == "original" else (self.real, len(self.classes))
+        return *pairs, draw_table(self.real[1]), num_classes
+
+    def network(self, arch, images, masks, table, num_classes, seed, steps):
+        """A network trained on pairs that are drawn by `table`, see segment.fit."""
+        net = build(arch, num_classes, seed)
+        if self.args.backbone_weights:
+            load_backbone(net, self.args.backbone_weights)
+        fit(net.to(self.device), images, masks, steps, seed=seed, bf16=has_bf16(self.device), table=table)
+        return net
 
     def segmenter(self, arch, pairs, num_classes, seed, steps):
         """Train a segmenter; returns its function images -> masks."""
-        net, bf16 = build(arch, num_classes, seed), has_bf16(self.device)
-        if self.args.backbone_weights:
-            load_backbone(net, self.args.backbone_weights)
-        fit(net.to(self.device), *pairs, steps, seed=seed, bf16=bf16)
-        return partial(predict, net, bf16=bf16)
+        net = self.network(arch, *pairs, None, num_classes, seed, steps)
+        return partial(predict, net, bf16=has_bf16(self.device))
 
     def predict(self, arch, pool, seed):
         """What a segmenter trained on a pool predicts for the scoring images; kept: two experiments ask."""
         key = arch, pool, seed
         if key not in self.predictions:
-            segmenter = self.segmenter(arch, *self.pool(pool), seed, self.args.steps)
-            self.predictions[key] = segmenter(self.scored[0])
+            net = self.network(arch, *self.pool(pool), seed, self.args.steps)
+            self.predictions[key] = predict(net, self.scored[0], bf16=has_bf16(self.device))
         return self.predictions[key]
 
     def figure(self, name, picture, caption):
@@ -382,8 +406,9 @@ def segmentation(run, progress):
             "figures": [run.figure("segmentation.png", sheet(rows, titles, run.classes),
                                    "Predictions of the last seed, of each network and pool")],
             "text": [f"{len(run.real[0])} real images, {len(run.mixed[0]) - len(run.real[0])} generated "
-                     f"pairs more; {args.steps} optimiser steps of 8 images; scored on {len(run.scored[0])} "
-                     f"real images in one confusion matrix. ± is the deviation over {args.seeds} seeds. "
+                     f"pairs more, drawn in this proportion; {args.steps} optimiser steps of 8 images; "
+                     f"scored on {len(run.scored[0])} real images in one confusion matrix. ± is the "
+                     f"deviation over {args.seeds} seeds. "
                      "A class without a pixel in the scoring images has no IoU and does not count."]}
 
 

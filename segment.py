@@ -9,9 +9,7 @@ scores, the highest of which is the prediction; K = num_classes counts backgroun
     saved = torch.load("segment.pt", weights_only=True)
     net = build(**saved["build"]); net.load_state_dict(saved["model"])
 
-References:
-    DeepLabV3+  Chen et al. 2018, arXiv 1802.02611
-    SegFormer   Xie et al. 2021, arXiv 2105.15203
+References: DeepLabV3+ Chen et al. 2018, arXiv 1802.02611; SegFormer Xie et al. 2021, arXiv 2105.15203.
 """
 import argparse
 import math
@@ -23,7 +21,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torchvision.ops import StochasticDepth
 from tqdm import tqdm
 
 from datasets import (add_data_flags, describe, has_bf16, listed, open_dataset, overlay, pick_device,
@@ -40,13 +37,11 @@ def padded(x: torch.Tensor, **how) -> torch.Tensor:
 
 
 class Segmenter(nn.Module):
-    """What all networks share. One defines `logits`: (B, 3, H, W) of multiples of 32 -> (B, K, H/s, W/s).
+    """What all networks share. One defines `logits`: (B, 3, H, W) of multiples of 32 -> (B, K, H/s, W/s)."""
 
-    `lr` is what `fit` trains it with unless told otherwise, `backbones` the torchvision names to choose from,
-    `backbone_name` the one chosen.
-    """
-
-    lr, backbones, backbone_name = 1e-3, (), None
+    lr = 1e-3                               # of `fit`, unless told otherwise
+    backbones, backbone_name = (), None     # torchvision's names to choose from, and the one chosen
+    renamings, left_out = [(r"^", "backbone.")], "fc."      # of published weights, see our_names
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h, w = x.shape[-2:]
@@ -55,33 +50,32 @@ class Segmenter(nn.Module):
         return scores[..., :h, :w]
 
     def our_names(self, state: dict) -> dict:
-        """A published backbone's state dict under the names of this network."""
-        return {f"backbone.{name}": value for name, value in state.items() if not name.startswith("fc.")}
+        """A published state dict under the names of this network, less the head of an ImageNet classifier."""
+        state = {name: value for name, value in state.items() if not name.startswith(self.left_out)}
+        for pattern, replacement in self.renamings:
+            state = {re.sub(pattern, replacement, name): value for name, value in state.items()}
+        return state
 
     def loss(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Cross-entropy + soft Dice averaged over the classes that occur in `target` (B, H, W) int64.
 
         A defect of 20 pixels hardly moves a cross-entropy over 4096; Dice counts per class, so it weighs as
-        much as the background. Tried on spots of 9 px, scratches of 12 px and stains of 80 px in 64x64
-        (DeepLabV3+ / SegFormer, 150 / 250 steps): mIoU 0.20 / 0.28 with cross-entropy alone, 0.54 / 0.48 with
-        both.
+        much as the background. Tried on spots, scratches and stains of 9 to 80 px (DeepLabV3+ / SegFormer):
+        mIoU 0.20 / 0.28 with cross-entropy alone, 0.54 / 0.48 with both.
         """
         logits = self(x).float()
-        valid = target != IGNORE
-        pixels = valid.sum().clamp(min=1)                                 # a mean is NaN where all is ignored
-        cross_entropy = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum") / pixels
+        valid = target != IGNORE                                          # a mean is NaN where nothing is
+        cross_entropy = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
         truth = F.one_hot(target.where(valid, 0), logits.shape[1]).permute(0, 3, 1, 2) * valid[:, None]
         prob = logits.softmax(1) * valid[:, None]
         overlap, total = (prob * truth).sum((0, 2, 3)), (prob + truth).sum((0, 2, 3))          # (K,)
         present = truth.sum((0, 2, 3)) > 0
         dice = 1 - 2 * overlap / total.clamp(min=1e-6)
-        return cross_entropy + (dice * present).sum() / present.sum().clamp(min=1)
+        return (cross_entropy / valid.sum().clamp(min=1)
+                + (dice * present).sum() / present.sum().clamp(min=1))
 
 
 # --- DeepLabV3+ ---
-
-RESNETS = "resnet18", "resnet50"
-
 
 def resnet(name: str) -> nn.Module:
     net = getattr(torchvision.models, name)(weights=None)
@@ -102,7 +96,6 @@ def conv_bn_relu(c_in: int, c_out: int) -> nn.Sequential:
 
 
 def separable(c_in: int, c_out: int, dilation: int = 1) -> nn.Sequential:
-    """Depthwise 3x3, then pointwise 1x1 with norm and ReLU."""
     depthwise = nn.Conv2d(c_in, c_in, 3, padding=dilation, dilation=dilation, groups=c_in, bias=False)
     return nn.Sequential(depthwise, *conv_bn_relu(c_in, c_out))
 
@@ -110,8 +103,7 @@ def separable(c_in: int, c_out: int, dilation: int = 1) -> nn.Sequential:
 def dilate(stage: nn.Module) -> None:
     """Take the stride 2 out of a ResNet stage and dilate what follows, in place: twice the resolution.
 
-    Every second output pixel stays what it was. torchvision's replace_stride_with_dilation does the same but
-    refuses BasicBlock.
+    torchvision's replace_stride_with_dilation does the same but refuses the blocks of resnet18.
     """
     for conv in stage.modules():
         if isinstance(conv, nn.Conv2d):
@@ -124,8 +116,7 @@ def dilate(stage: nn.Module) -> None:
 class ASPP(nn.Module):
     """Atrous spatial pyramid pooling: 1x1, three dilated separable 3x3 and the image mean, joined by a 1x1.
 
-    The image branch has a bias instead of the BatchNorm of the paper: it sees one value per image and
-    channel, from which a batch of 1 (a single photo, the last one on a GPU) has no variance to take.
+    The image branch has a bias, not the paper's BatchNorm: one value of a batch of 1 has no variance.
     """
 
     def __init__(self, c_in: int, c_out: int = 256, rates=(6, 12, 18)):
@@ -143,7 +134,7 @@ class ASPP(nn.Module):
 class DeepLabV3Plus(Segmenter):
     """ResNet at output stride 16 -> ASPP; joined at stride 4 with early features for sharp edges."""
 
-    backbones = RESNETS
+    backbones = "resnet18", "resnet50"
 
     def __init__(self, num_classes: int, backbone: str = "resnet18"):
         super().__init__()
@@ -164,8 +155,7 @@ class DeepLabV3Plus(Segmenter):
 
 # --- SegFormer ---
 # Features travel as (B, H, W, C): Linear and LayerNorm act on the last axis, convolutions through `spatial`.
-# LayerNorm eps is PyTorch's 1e-5 everywhere, as in Hugging Face's model, whose layer_norm_eps=1e-6 is never
-# read.
+# LayerNorm eps is PyTorch's 1e-5, as in Hugging Face's model, whose layer_norm_eps=1e-6 is never read.
 
 def spatial(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Apply a convolution to (B, H, W, C)."""
@@ -173,8 +163,6 @@ def spatial(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 class PatchEmbedding(nn.Module):
-    """A strided convolution, then LayerNorm. Patches overlap where the kernel is larger than the stride."""
-
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, padding: int):
         super().__init__()
         self.proj = nn.Conv2d(c_in, c_out, kernel, stride, padding)
@@ -193,7 +181,7 @@ def attend(q, k, v, num_heads: int, mask=None) -> torch.Tensor:
 
 
 class EfficientAttention(nn.Module):
-    """Self-attention of every pixel to an R x R times coarser map, which saves R^2 of its products."""
+    """Self-attention of every pixel to a map that is coarser by `reduction` in height and width."""
 
     def __init__(self, dim: int, num_heads: int, reduction: int):
         super().__init__()
@@ -227,7 +215,7 @@ class TransformerBlock(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attention = EfficientAttention(dim, num_heads, reduction)
         self.ffn = MixFFN(dim)
-        self.drop = StochasticDepth(drop, mode="row")
+        self.drop = torchvision.ops.StochasticDepth(drop, mode="row")
 
     def forward(self, x):
         x = x + self.drop(self.attention(self.norm1(x)))
@@ -259,26 +247,26 @@ class MiT(nn.Module):
         return features                                                                 # 4 x (B, H/s, W/s, C)
 
 
-# Names of Hugging Face's nvidia/mit-b0 and nvidia/segformer-b0-* -> ours, in this order. An example of each:
+# Names of Hugging Face's nvidia/mit-b0 and nvidia/segformer-b0-* -> ours, applied in this order.
 MIT_NAMES = [
-    (r"^segformer\.encoder\.", "backbone."),                                          # the prefix of all
-    (r"patch_embeddings\.(\d)\.proj\.", r"stages.\1.0.proj."),                # patch_embeddings.0.proj.weight
+    (r"^segformer\.encoder\.", "backbone."),
+    (r"patch_embeddings\.(\d)\.proj\.", r"stages.\1.0.proj."),
     (r"patch_embeddings\.(\d)\.layer_norm\.", r"stages.\1.0.norm."),
-    (r"block\.(\d)\.0\.", r"stages.\1.1."), (r"block\.(\d)\.1\.", r"stages.\1.2."),  # block.0.1.mlp...
-    (r"backbone\.layer_norm\.(\d)\.", r"backbone.stages.\1.3."),                     # layer_norm.0.weight
-    (r"\.layer_norm_([12])\.", r".norm\1."), (r"attention\.self\.query\.", "attention.q."),
-    (r"attention\.self\.key\.", "attention.k."), (r"attention\.self\.value\.", "attention.v."),
+    (r"block\.(\d)\.0\.", r"stages.\1.1."), (r"block\.(\d)\.1\.", r"stages.\1.2."),
+    (r"backbone\.layer_norm\.(\d)\.", r"backbone.stages.\1.3."),
+    (r"\.layer_norm_([12])\.", r".norm\1."), (r"attention\.self\.(q|k|v)[a-z]+\.", r"attention.\1."),
     (r"attention\.self\.sr\.", "attention.reduce.proj."),
     (r"attention\.self\.layer_norm\.", "attention.reduce.norm."),
     (r"attention\.output\.dense\.", "attention.out."),
     (r"mlp\.dense([12])\.", r"ffn.fc\1."), (r"mlp\.dwconv\.dwconv\.", "ffn.dwconv."),
-    (r"^decode_head\.linear_c\.(\d)\.proj\.", r"linears.\1."),                       # linear_c.0.proj.weight
-    (r"^decode_head\.linear_fuse\.", "fuse.0."), (r"^decode_head\.batch_norm\.", "fuse.1."),
-    (r"^decode_head\.classifier\.", "classifier.")]
+    (r"^decode_head\.linear_c\.(\d)\.proj\.", r"linears.\1."), (r"^decode_head\.linear_fuse\.", "fuse.0."),
+    (r"^decode_head\.batch_norm\.", "fuse.1."), (r"^decode_head\.classifier\.", "classifier.")]
 
 
 class SegFormer(Segmenter):
     """MiT-B0 and the all-MLP head: bring the four maps to 256 channels and stride 4, join them, classify."""
+
+    renamings, left_out = MIT_NAMES, "classifier."
 
     def __init__(self, num_classes: int, width: int = 256):
         super().__init__()
@@ -289,21 +277,10 @@ class SegFormer(Segmenter):
         self.dropout = nn.Dropout(0.1)
         self.classifier = nn.Conv2d(width, num_classes, 1)
 
-    def our_names(self, state):
-        """From Hugging Face's names, as published; the head of an ImageNet classifier goes."""
-        ours = {}
-        for name, value in state.items():
-            if not name.startswith("classifier."):
-                for pattern, replacement in MIT_NAMES:
-                    name = re.sub(pattern, replacement, name)
-                ours[name] = value
-        return ours
-
     def logits(self, x):
         features = self.backbone(x)
         maps = [linear(feature).permute(0, 3, 1, 2) for linear, feature in zip(self.linears, features)]
-        size = maps[0].shape[-2:]                                                              # stride 4
-        maps = [F.interpolate(m, size=size, mode="bilinear", align_corners=False) for m in maps]
+        maps = [F.interpolate(m, size=maps[0].shape[-2:], mode="bilinear", align_corners=False) for m in maps]
         joined = self.fuse(torch.cat(maps[::-1], dim=1))                # deepest first, as published
         return self.classifier(self.dropout(joined))
 
@@ -315,12 +292,9 @@ ARCHS = {"deeplabv3+": DeepLabV3Plus, "segformer": SegFormer}       # experiment
 
 def check_arch(arch: str) -> None:
     """Raise ValueError unless `arch` names one of ARCHS, alone or with a backbone: deeplabv3+:resnet50."""
-    name, colon, backbone = arch.partition(":")
-    if name not in ARCHS:
-        raise ValueError(f"no architecture {name!r}: choose one of {', '.join(ARCHS)}")
-    if colon and backbone not in ARCHS[name].backbones:
-        choice = " or ".join(ARCHS[name].backbones) or "none, it has one of its own"
-        raise ValueError(f"{name} has no backbone {backbone!r}: choose {choice}")
+    known = [*ARCHS, *(f"{name}:{backbone}" for name in ARCHS for backbone in ARCHS[name].backbones)]
+    if arch not in known:
+        raise ValueError(f"no architecture {arch!r}: choose one of {', '.join(known)}")
 
 
 def build(arch: str, num_classes: int, seed: int = 0, **options) -> Segmenter:
@@ -329,12 +303,10 @@ def build(arch: str, num_classes: int, seed: int = 0, **options) -> Segmenter:
     Weights lie channels last in memory: with such images the ResNets are a tenth faster, on CPUs too.
     """
     check_arch(arch)
-    name, colon, backbone = arch.partition(":")
-    if colon:
-        options["backbone"] = backbone
+    name, *backbone = arch.split(":")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return ARCHS[name](num_classes, **options).to(memory_format=torch.channels_last)
+        return ARCHS[name](num_classes, *backbone, **options).to(memory_format=torch.channels_last)
 
 
 def read_state(source: str | Path, backbone_name: str | None) -> dict:
@@ -362,21 +334,20 @@ def load_backbone(net: Segmenter, source: str | Path) -> str:
     `source` is "imagenet" or a file: torchvision's ResNets for DeepLabV3+; for SegFormer those of Hugging
     Face (nvidia/mit-b0, nvidia/segformer-b0-*).
     """
-    state, own = net.our_names(read_state(source, net.backbone_name)), net.state_dict()
-    head = [name for name in state if not name.startswith("backbone.")]
-    fits = all(name in own and own[name].shape == state[name].shape for name in head)
-    state = {name: value for name, value in state.items() if fits or name not in head}
-    wanted = {name for name in own if (head and fits) or name.startswith("backbone.")}
-    old_files_lack = {name for name in wanted if name.endswith("num_batches_tracked")}
-    wanted -= old_files_lack - state.keys()
-    shapes = [f"{name} of {tuple(state[name].shape)} instead of {tuple(own[name].shape)}" for name in state
-              if name in wanted and state[name].shape != own[name].shape]
-    missing, extra = sorted(wanted - state.keys()), sorted(state.keys() - wanted)
-    if missing or extra or shapes:
+    state = net.our_names(read_state(source, net.backbone_name))
+    theirs, ours = ({f"{name} {tuple(value.shape)}" for name, value in part.items()}
+                    for part in (state, net.state_dict()))
+    head = {each for each in theirs if not each.startswith("backbone.")}
+    with_head = bool(head) and head <= ours
+    if not with_head:
+        state = {name: value for name, value in state.items() if name.startswith("backbone.")}
+        theirs, ours = theirs - head, {each for each in ours if each.startswith("backbone.")}
+    missing = sorted(each for each in ours - theirs if "num_batches_tracked" not in each)  # not in old files
+    if missing or theirs - ours:
         raise ValueError(f"{source} does not fit {type(net).__name__}'s backbone: missing {listed(missing)}; "
-                         f"not wanted {listed(extra)}; of another shape {listed(shapes)}")
+                         f"not wanted {listed(sorted(theirs - ours))}")
     net.load_state_dict(state, strict=False)                               # a backbone alone is not all of it
-    return f"{source}, backbone {'and head' if head and fits else 'only'}"
+    return f"{source}, backbone {'and head' if with_head else 'only'}"
 
 
 # --- training and prediction ---
@@ -389,67 +360,68 @@ def to_input(images: torch.Tensor) -> torch.Tensor:
     return ((images / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def mix(real: tuple, generated: tuple, ratio: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """All real pairs and `ratio` times as many generated ones, none twice; a larger ratio only adds."""
+def draw_table(masks: torch.Tensor) -> torch.Tensor:
+    """(rows, N): a row for each defect class that occurs, and one for none: 1 for the images that have it."""
+    defect = (masks > 0) & (masks != IGNORE)
+    has = [(masks == k).flatten(1).any(1) for k in masks[defect].unique()]
+    rows = torch.stack([~defect.flatten(1).any(1), *has]).float().cpu()
+    return rows[rows.any(1)]
+
+
+def draw_indices(table: torch.Tensor, batch_size: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw a row, then an image of it: what is on one photo comes up as often as what is on fifty."""
+    rows = torch.randint(len(table), (batch_size,), generator=generator)
+    return torch.multinomial(table[rows], 1, generator=generator)[:, 0]
+
+
+def mix(real: tuple, generated: tuple, ratio: float, seed: int = 0) -> tuple:
+    """All real pairs and `ratio` times as many generated ones, none twice; a larger ratio only adds.
+
+    Returns: images, masks, and the table to draw them by: generated pairs come up `ratio` times as often as
+             real ones, whatever they show, and among either all classes alike.
+    """
     count, there = round(ratio * len(real[0])), len(generated[0])
     if not 0 <= count <= there:
         raise ValueError(f"{ratio:g} generated pairs for each of {len(real[0])} real ones are {count}, "
                          f"but there are {there}: generate more or lower the ratio")
-    if real[0].shape[1:] != generated[0].shape[1:]:
-        raise ValueError(f"real images are {tuple(real[0].shape[1:])} and generated ones "
-                         f"{tuple(generated[0].shape[1:])}: read both alike")
     index = torch.randperm(there, generator=torch.Generator().manual_seed(seed))[:count]
-    return tuple(torch.cat([r, s[index]]) for r, s in zip(real, generated))
-
-
-def draw_table(masks: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """(rows, N): which images have a class, a row for each class that occurs, and which have no defect."""
-    has = torch.stack([(masks == k).flatten(1).any(1) for k in range(num_classes)]).cpu().float()     # (K, N)
-    has[0] = (has[1:].sum(0) == 0).float()
-    return has[has.sum(1) > 0]
-
-
-def draw_indices(table: torch.Tensor, batch_size: int, generator: torch.Generator) -> torch.Tensor:
-    """Draw a class, then an image that has it: what is on one photo comes up as often as what is on fifty."""
-    rows = torch.randint(len(table), (batch_size,), generator=generator)
-    return torch.multinomial(table[rows], 1, generator=generator)[:, 0]
+    groups = real, tuple(part[index] for part in generated)
+    tables = [draw_table(masks) for _, masks in groups]
+    row = torch.cat([table.shape[1] * (table / table.sum(1, keepdim=True)).mean(0) for table in tables])
+    return (*(torch.cat(parts) for parts in zip(*groups)), row[None])
 
 
 def random_view(images: torch.Tensor, masks: torch.Tensor, generator: torch.Generator) -> tuple:
     """Flips, zoom by 0.75 to 1.5 at a random place, contrast and brightness; one draw per image.
 
     Args:    images (B, C, H, W) in 0..255, masks (B, H, W) class index.
-    Returns: float images in 0..255, int64 masks; what lies outside the photo is IGNORE. Masks are only ever
-             sampled nearest.
+    Returns: float images in 0..255, int64 masks; what lies outside the photo is IGNORE.
     """
-    B, device = len(images), images.device
-    u = torch.rand(B, 7, generator=generator)
+    u = torch.rand(len(images), 7, generator=generator).to(images.device)
     window = 1 / (0.75 * 2 ** u[:, :1])                                        # side seen / side of the photo
-    theta = torch.zeros(B, 2, 3)
+    theta = torch.zeros(len(images), 2, 3, device=images.device)
     theta[:, [0, 1], [0, 1]] = torch.where(u[:, 1:3] < 0.5, -window, window)
     theta[:, :, 2] = (2 * u[:, 3:5] - 1) * (1 - window).abs()
-    grid = F.affine_grid(theta, (B, 1, *images.shape[-2:]), align_corners=False).to(device)
+    grid = F.affine_grid(theta, images.shape, align_corners=False)
     images = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
     outside = masks[:, None].float() - IGNORE                                     # padded with 0, i.e. IGNORE
     masks = F.grid_sample(outside, grid, mode="nearest", align_corners=False)[:, 0] + IGNORE
-    contrast, brightness = 0.8 + 0.4 * u[:, 5], 255 * (0.2 * u[:, 6] - 0.1)
+    contrast, brightness = (u[:, i, None, None, None] for i in (5, 6))
     mean = images.mean((1, 2, 3), keepdim=True)
-    contrast, brightness = (value.to(device).view(-1, 1, 1, 1) for value in (contrast, brightness))
-    images = (images - mean) * contrast + mean + brightness
+    images = (images - mean) * (0.8 + 0.4 * contrast) + mean + 255 * (0.2 * brightness - 0.1)
     return images.clamp(0, 255), masks.long()
 
 
 def fit(net: Segmenter, images: torch.Tensor, masks: torch.Tensor, steps: int, batch_size: int = 8,
-        lr: float | None = None, seed: int = 0, bf16: bool = False, progress: bool = False) -> list[float]:
+        lr: float | None = None, seed: int = 0, bf16: bool = False, progress: bool = False,
+        table: torch.Tensor | None = None) -> list[float]:
     """Train `net` in place with AdamW: the learning rate warms up over a tenth of the steps and decays to 0.
 
     All randomness is a function of (seed, step); the same call gives the same weights bit for bit on the CPU
     (on CUDA up to rounding: the bilinear up-sampling adds its gradients in any order).
 
-    Args:
-        images: (N, 1 or 3, H, W) uint8.    masks: (N, H, W) int, class index or 255. Both are kept on the
-                network's device.
-        lr: None takes the network's own, net.lr.
+    Args:    images (N, 1 or 3, H, W) uint8, masks (N, H, W) class index or 255: both go to the network's
+             device. lr: None takes net.lr. table (rows, N): draws images, as of draw_table(masks) if None.
     Returns: the loss of each step.
     Raises:  ValueError for masks that do not fit, FloatingPointError when the loss is no longer a number.
     """
@@ -460,11 +432,10 @@ def fit(net: Segmenter, images: torch.Tensor, masks: torch.Tensor, steps: int, b
     device = next(net.parameters()).device
     images, masks = images.to(device), masks.to(device)
     check_classes(masks, net.num_classes, "masks")
-    table = draw_table(masks, net.num_classes)
-    lr = net.lr if lr is None else lr
+    table = draw_table(masks) if table is None else table
+    lr, warmup, losses = net.lr if lr is None else lr, max(1, steps // 10), []
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01, fused=True)
     net.train()
-    losses, warmup = [], max(1, steps // 10)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):     # of dropout
         for step in tqdm(range(steps), desc="segmenter", disable=not progress):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -481,20 +452,19 @@ def fit(net: Segmenter, images: torch.Tensor, masks: torch.Tensor, steps: int, b
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()
             if step % 50 == 49 or step == steps - 1:                # not each step: looking waits for the GPU
-                values = torch.stack(losses).tolist()
-                bad = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
-                if bad is not None:
-                    raise FloatingPointError(f"the loss is {values[bad]} at step {bad}: try a smaller lr")
+                bad = (~torch.stack(losses).isfinite()).nonzero()
+                if len(bad):
+                    at = bad[0].item()
+                    raise FloatingPointError(f"the loss is {losses[at]} at step {at}: try a smaller lr")
     net.eval()
-    return values
+    return torch.stack(losses).tolist()
 
 
 @torch.inference_mode()
 def predict(net: Segmenter, images: torch.Tensor, batch_size: int = 16, bf16: bool = False) -> torch.Tensor:
     """(N, 1 or 3, H, W) uint8 -> (N, H, W) uint8 class index, on the CPU. Puts the network into eval mode."""
     net.eval()
-    device = next(net.parameters()).device
-    masks = []
+    device, masks = next(net.parameters()).device, []
     for batch in images.split(batch_size):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             masks.append(net(to_input(batch.to(device))).argmax(1).to(torch.uint8).cpu())
@@ -539,17 +509,13 @@ def confusion_matrix(pred: torch.Tensor, target: torch.Tensor, num_classes: int)
     pred, target = pred[valid].long(), target[valid].long()
     check_classes(target, num_classes, "targets")
     check_classes(pred, num_classes, "predictions")
-    counts = torch.bincount(target * num_classes + pred, minlength=num_classes ** 2)
-    return counts.view(num_classes, num_classes)
+    return torch.bincount(target * num_classes + pred, minlength=num_classes ** 2).view(2 * [num_classes])
 
 
 def miou(confusion: torch.Tensor) -> dict:
-    """Intersection over union from one confusion matrix over the whole set (not a mean over images).
-
-    A class that no target pixel has is left out of the means, its IoU is nan; pixels wrongly given to it
-    still count as misses of their true class.
-
-    Returns: {"iou": K floats, "miou": mean over defect classes, "miou_with_background"}
+    """Intersection over union of a whole set: {"iou": K floats, "miou": mean over defect classes,
+    "miou_with_background"}. A class that no target pixel has is left out of the means, its IoU is nan; pixels
+    wrongly given to it still count as misses of their true class.
     """
     confusion = confusion.double()
     hit, target = confusion.diag(), confusion.sum(1)
@@ -564,36 +530,33 @@ def miou(confusion: torch.Tensor) -> dict:
 def main():
     parser = argparse.ArgumentParser(description="Train and score one segmenter: IoU, and pictures.")
     add_data_flags(parser, split="train")
-    parser.add_argument("--test-split", default="test", help="the images to score on (default: %(default)s)")
-    parser.add_argument("--arch", default="segformer", help=f"{' | '.join(ARCHS)}, or deeplabv3+:resnet50 "
-                        "(default: %(default)s)")
-    parser.add_argument("--size", type=int, nargs=2, default=[64, 64], metavar=("H", "W"), help="of images")
-    parser.add_argument("--steps", type=int, default=200, help="training steps (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="images per step (default: %(default)s)")
-    parser.add_argument("--lr", type=float, help="learning rate of AdamW (default: 1e-3)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
-    parser.add_argument("--backbone-weights", metavar="FILE", help="or imagenet: torchvision's")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: the accelerator if there is one)")
-    parser.add_argument("--out", type=Path, default=Path("runs/segment"), help="default: %(default)s")
+    add = parser.add_argument
+    add("--test-split", default="test", help="the images to score on (default: %(default)s)")
+    add("--arch", default="segformer", help="or deeplabv3+, deeplabv3+:resnet50 (default: %(default)s)")
+    add("--size", type=int, nargs=2, default=[64, 64], metavar=("H", "W"), help="of images")
+    add("--steps", type=int, default=200, help="training steps (default: %(default)s)")
+    add("--batch-size", type=int, default=8, help="images per step (default: %(default)s)")
+    add("--lr", type=float, help="learning rate of AdamW (default: 1e-3)")
+    add("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    add("--backbone-weights", metavar="FILE", help="or imagenet: torchvision's")
+    add("--device", help="cpu, cuda, cuda:1 ... (default: the accelerator if there is one)")
+    add("--out", type=Path, default=Path("runs/segment"), help="default: %(default)s")
     args = parser.parse_args()
 
     device = pick_device(args.device)
     train, test = (open_dataset(args.data, args.size, split, args.object)
                    for split in (args.split, args.test_split))
     config = {"arch": args.arch, "num_classes": len(train.classes), "seed": args.seed}
-    net = build(**config)
+    net, bf16 = build(**config), has_bf16(device)
     loaded = load_backbone(net, args.backbone_weights) if args.backbone_weights else "none, random"
-    net.to(device)
-    parameters = sum(p.numel() for p in net.parameters())
-    print(f"{args.arch}, {parameters / 1e6:.1f} M parameters, backbone weights: {loaded}, on {device}\n"
-          f"{describe(train)}\n{describe(test)}\nimages are {args.size[0]}x{args.size[1]}")
-
-    bf16 = has_bf16(device)
-    fit(net, *train.tensors(), args.steps, args.batch_size, args.lr, args.seed, bf16, progress=True)
+    count = sum(p.numel() for p in net.parameters()) / 1e6
+    print(f"{args.arch}, {count:.1f} M parameters, backbone weights: {loaded}, on {device}", describe(train),
+          describe(test), f"images are {args.size[0]}x{args.size[1]}", sep="\n")
+    pairs = train.tensors()
+    fit(net.to(device), *pairs, args.steps, args.batch_size, args.lr, args.seed, bf16, progress=True)
     images, target = test.tensors()
     pred = predict(net, images, bf16=bf16)
     score = miou(confusion_matrix(pred, target, len(test.classes)))
-
     for name, iou in zip(train.classes, score["iou"]):
         print(f"  {name:<24}{'no pixel in ' + args.test_split if math.isnan(iou) else f'{iou:.4f}'}")
     print(f"miou {score['miou']:.4f}  miou_with_background {score['miou_with_background']:.4f}")

@@ -20,7 +20,7 @@ import train
 from data.drawn import DRAWN, draw
 from datasets import PALETTE, run_main, write_classes, write_image, write_json, write_pair
 from defect_gen import SWITCH_T, DefectGen, checkpoints
-from evaluate import compare, print_table, spread, variants
+from evaluate import compare, fingerprint, print_table, spread, variants
 from inspect_rules import read_json
 
 STEPS = 1500
@@ -96,12 +96,13 @@ def draw_sets(run, how, seeds):
 
 
 def score_run(folder, quick):
-    """{step: {set name: {measure: values of the parts}}} of one run; kept in its claim.json."""
-    path = folder / ("quick_claim.json" if quick else "claim.json")
-    if path.exists():
-        return read_json(path)
-    flags = ["--run", str(folder), "--seeds", "3", "--steps", "150", *(["--quick"] if quick else [])]
-    run, how = evaluate.Run(evaluate.parse_args(flags)), read_json(folder / "samples" / "config.json")
+    """{step: {set name: {measure: values of the parts}}} of a run; kept in its claim.json, by its weights."""
+    path, how = folder / ("quick_claim.json" if quick else "claim.json"), folder / "samples" / "config.json"
+    flags = ["--seeds", "3", "--steps", "150", *(["--quick"] if quick else [])]
+    of = fingerprint(flags, how, *sorted(folder.glob("*/step_*.pt")))
+    if path.exists() and (kept := read_json(path)).get("of") == of:
+        return kept["results"]
+    run, how = evaluate.Run(evaluate.parse_args(["--run", str(folder), *flags])), read_json(how)
     train_pairs = tuple(part[run.train.defective()] for part in run.real)
     sets = draw_sets(run, how, range(min(64, len(run.generated[0]))))
     numbers = compare(run, variants(*train_pairs, run.config["augment"]), sets, print)
@@ -110,8 +111,8 @@ def score_run(folder, quick):
         step, name = key if key in sets else (newest, key)              # other real images are of no step
         values = {column: [part[column] for part in parts] for column in parts[0]}
         results.setdefault(str(step), {})[name] = values
-    write_json(path, results)
-    return read_json(path)
+    write_json(path, {"of": of, "results": results})
+    return read_json(path)["results"]
 
 
 # --- tables and a plot ---

@@ -28,7 +28,7 @@ from PIL import Image
 import evaluate
 from datasets import has_bf16, open_dataset, run_main, write_image, write_json
 from inspect_rules import Rule, draw_overlay, judge, load_standard, recall_fpr, verdict
-from segment import build, fit, load_backbone, to_input
+from segment import to_input
 
 ANY_DEFECT, BEST_AREA, STANDARD, GENERATED = WAYS = (
     "original: any defect", "original: best area", "spectrum: standard", "spectrum + generated: standard")
@@ -141,16 +141,6 @@ def write_verdicts(folder, product, masks, findings, most=2):
         write_image(folder / f"{name}_predicted.png", draw_overlay(predicted, said, photo))
 
 
-def train(run, pool, seed):
-    """A segmenter trained on one of the run's pools, as evaluate.py's inspection trains it."""
-    pairs, num_classes = run.pool(pool)
-    net = build(evaluate.INSPECTOR, num_classes, seed)
-    if run.args.backbone_weights:
-        load_backbone(net, run.args.backbone_weights)
-    fit(net.to(run.device), *pairs, run.args.steps, seed=seed, bf16=has_bf16(run.device))
-    return net
-
-
 def simulate(run, standard, pictures):
     """One run's Product, judged in all ways with every seed. pictures: folder of write_verdicts."""
     product = Product(run.folder.name, run.test, standard, sorted({*SIZES, run.size}))
@@ -159,7 +149,8 @@ def simulate(run, standard, pictures):
           f"{training.verdicts.count('reject')} of {len(run.train)} training images are to be rejected; "
           f"original labels: {run.original[1]}")
     for seed in range(run.args.seeds):
-        nets = {pool: train(run, pool, seed) for pool in ("original", "real", "real + generated")}
+        nets = {pool: run.network(evaluate.INSPECTOR, *run.pool(pool), seed, run.args.steps)
+                for pool in ("original", "real", "real + generated")}
         seen = training.judge(masks_at(*predict_odds(nets["original"], run.real[0])), any_defect, BINARY)
         best = best_limit([sum(f.area_px for f in findings) for findings in seen], training.verdicts)
         for way, pool, rules, classes, limit in (

@@ -20,10 +20,10 @@ from torch import nn
 
 import evaluate
 from datasets import run_main, write_json
-from evaluate import print_table, spread
+from evaluate import fingerprint, print_table, spread
 from inspect_rules import read_json
-from segment import (ARCHS, IGNORE, RESNETS, Segmenter, attend, confusion_matrix, miou, mix, padded, resnet,
-                     resnet_features)
+from segment import (ARCHS, IGNORE, DeepLabV3Plus, Segmenter, attend, confusion_matrix, miou, mix, padded,
+                     resnet, resnet_features)
 
 
 # --- the network ---
@@ -220,7 +220,7 @@ class Mask2Former(Segmenter):
     averaged over the layers, not summed (AdamW does not see the factor).
     """
 
-    lr, backbones, no_object = 3e-4, RESNETS, 0.1
+    lr, backbones, no_object = 3e-4, DeepLabV3Plus.backbones, 0.1
 
     def __init__(self, num_classes: int, backbone: str = "resnet18", dim: int = 256, pixel_layers: int = 3,
                  layers: int = 9):
@@ -337,7 +337,7 @@ def parse_args():
     add("--seeds", type=int, default=3, help="segmenters of each kind (default: %(default)s)")
     add("--steps", type=int, default=150, help="optimiser steps of each (default: %(default)s)")
     add("--out", type=Path, default=Path("runs/paper_table.json"),
-        help="finished cells are kept there (default: %(default)s)")
+        help="finished cells are kept there, for the same pixels (default: %(default)s)")
     add("--quick", action="store_true", help="one seed of 2 steps; its numbers mean nothing, none is kept")
     args = parser.parse_args()
     args.run, args.seeds = args.run or ["runs/demo"], 1 if args.quick else args.seeds
@@ -350,11 +350,12 @@ def main():
     rows, gains, quick = [], {}, ["--quick"] * args.quick
     for folder in args.run:
         run = evaluate.Run(evaluate.parse_args(["--run", folder, "--steps", str(args.steps), *quick]))
+        pixels = fingerprint(*run.real, *run.generated, *run.scored)
         for arch in args.arch:
             found = {pool: [] for pool in ["real", *args.ratios]}
             for pool in found:
                 for seed in range(args.seeds):
-                    key = f"{folder}|{arch}|{pool}|{seed}|{args.steps}"
+                    key = f"{folder}|{arch}|{pool}|{seed}|{args.steps}|{pixels}"
                     if key not in cells:
                         cells[key] = score(run, arch, pool, seed)
                         if not args.quick:

@@ -22,8 +22,8 @@ from datasets import augment, open_dataset, overlay, run_main, sheet, write_imag
 from defect_gen import SWITCH_T, Joint, enlarge, image_statistics
 from diffusion import (noise_for, q_sample, rng, sample, schedule, time_weights, timesteps, to_x_start,
                        training_loss)
-from evaluate import (COPY_BELOW, grain, mask_fit, novelty, print_table, sliced_wasserstein, spread,
-                      variants)
+from evaluate import (COPY_BELOW, fingerprint, grain, mask_fit, novelty, print_table, sliced_wasserstein,
+                      spread, variants)
 from inspect_rules import read_json
 from segment import build, fit, predict
 from train import window
@@ -69,6 +69,7 @@ class Photos:
         held_images, held_masks = held_out.tensors()
         self.reference = held_images[::2], held_masks[::2]
         self.joint = Joint(image_statistics(training), len(self.classes))
+        self.held_out = held_images, held_masks
         self.judge = build("deeplabv3+", len(self.classes), 0)
         fit(self.judge, *shrink(held_images[1::2], held_masks[1::2]), args.judge_steps, 8)
 
@@ -190,7 +191,9 @@ def main():
         args.judge_steps, args.minutes, args.seeds, args.size, count = 2, 1 / 60, 1, (64, 64), 4
         names = names[:2]
     photos, base = Photos(args), LARGE if args.stage == "large" else SMALL
-    path = args.out / f"{args.stage}_{args.data.strip('/').split('/')[-1].replace(':', '_')}.json"
+    data = args.data.strip("/").split("/")[-1].replace(":", "_")
+    pixels = fingerprint(args.judge_steps, photos.images, photos.masks, *photos.held_out)
+    path = args.out / f"{args.stage}_{data}_{pixels}.json"        # another size or split: other cells
     cells = read_json(path) if path.exists() else {}
     nets = {}                                               # of a seed: variants of sampling share them
     for seed in range(args.seeds):

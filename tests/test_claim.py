@@ -2,6 +2,7 @@
 import json
 
 import pytest
+import torch
 
 from experiments import claim
 
@@ -16,3 +17,7 @@ def test_a_run_through_measures_every_switch_and_goes_on_where_it_stopped(tmp_pa
     monkeypatch.setattr(claim, "compare", None)                 # nothing is measured again
     claim.main()
     assert json.loads((tmp_path / "quick/claim.json").read_text()) == results and "25 pills" in first
+    path = max((tmp_path / "quick/pill25/small").glob("*.pt"))
+    torch.save(torch.load(path, weights_only=True) | {"seed": 1}, path)
+    with pytest.raises(TypeError):                              # but with other weights it is
+        claim.main()

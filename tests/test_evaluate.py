@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import evaluate
 import sample
+import segment
 import train
 from conftest import TINY, picture
 from data.drawn import draw
@@ -252,6 +253,19 @@ def test_differences_are_paired_by_seed_and_pools_mix_one_to_one(sampled, monkey
     row = evaluate.segmentation(run, print)["tables"][0]["rows"][0]
     assert row == ["deeplabv3+", "mIoU", "30.0 ± 14.1", "40.0 ± 14.1", "10.0 ± 0.0"]
     assert len(run.mixed[0]) == len(run.real[0]) + 12
+
+
+def test_original_and_exact_labels_see_the_same_photos_in_the_same_order(sampled, monkeypatch):
+    seen, view = [], segment.random_view
+    monkeypatch.setattr(segment, "random_view", lambda *args: seen.append(view(*args)) or seen[-1])
+    run = evaluate.Run(evaluate.parse_args(["--run", str(sampled), "--quick"]))
+    for pool in ("original", "real"):
+        run.predict(evaluate.INSPECTOR, pool, seed=0)
+    original, exact = seen[:2], seen[2:]
+    assert len(exact) == 2
+    for (images, masks), (same, labels) in zip(original, exact):
+        assert torch.equal(images, same)
+        assert torch.equal(masks, torch.where(labels == segment.IGNORE, labels, labels.clamp(max=1)))
 
 
 def test_original_masks_come_from_another_folder_by_name(sampled, data, tmp_path):

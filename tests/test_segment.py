@@ -1,9 +1,5 @@
-"""Claims about segment.py. CPU, no download; the comparison with transformers runs where that package is
-installed.
-"""
-import itertools
+"""Claims about segment.py. CPU, no download; transformers is compared with where it is installed."""
 import json
-import math
 
 import numpy as np
 import pytest
@@ -11,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
+import experiments.mask2former                                      # adds itself to ARCHS
 import segment
 from datasets import write_classes, write_pair
 from data.drawn import draw
@@ -20,9 +17,7 @@ ARCHS = ["deeplabv3+", "segformer"]
 
 
 def squares(n=4, size=48):
-    """n images of noise, each with one red (class 1) and one blue (class 2) square; the last image has
-    none.
-    """
+    """n images of noise, each with one red (class 1) and one blue (class 2) square, the last with none."""
     rng = torch.Generator().manual_seed(0)
     images = torch.randint(100, 156, (n, 3, size, size), generator=rng).to(torch.uint8)
     masks = torch.zeros(n, size, size, dtype=torch.uint8)
@@ -47,26 +42,17 @@ def randomised(net, seed=0):
 
 # --- networks ---
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("shape", [(2, 3, 64, 64), (1, 3, 50, 75), (1, 3, 7, 130)])
-def test_logits_have_the_size_of_the_image(arch, shape):
-    with torch.no_grad():
-        assert build(arch, 4).eval()(torch.rand(shape)).shape == (shape[0], 4, *shape[2:])
-
-
-@pytest.mark.parametrize("arch, options, millions", [
-    ("deeplabv3+", {}, 12.3), ("deeplabv3+", {"backbone": "resnet50"}, 26.7), ("segformer", {}, 3.7)])
-def test_parameter_counts_are_those_of_the_published_networks(arch, options, millions):
-    count = sum(p.numel() for p in build(arch, 5, **options).parameters())
-    assert count / 1e6 == pytest.approx(millions, abs=0.05)
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_padding_to_32_does_not_shift_the_image(arch):
-    net, x = randomised(build(arch, 3)), torch.rand(1, 3, 40, 56)
-    padded = F.pad(x, (0, 8, 0, 24), mode="replicate")
-    with torch.no_grad():
-        torch.testing.assert_close(net(x), net(padded)[..., :40, :56])
+@pytest.mark.parametrize("arch, millions", [
+    ("deeplabv3+", 12.3), ("deeplabv3+:resnet50", 26.7), ("segformer", 3.7), ("mask2former", 28.7)])
+def test_networks_have_the_published_size_and_pad_any_image_without_a_shift(arch, millions):
+    net = randomised(build(arch, 5))
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+    for h, w, below, right in ((40, 56, 24, 8), (7, 130, 57, 30)):
+        x = torch.rand(1, 3, h, w)
+        with torch.no_grad():
+            scores, whole = net(x), net(F.pad(x, (0, right, 0, below), mode="replicate"))
+        assert scores.shape == (1, 5, h, w)
+        torch.testing.assert_close(scores, whole[..., :h, :w])
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
@@ -81,73 +67,50 @@ def test_dilated_resnet_is_the_plain_one_at_twice_the_resolution(backbone):
     torch.testing.assert_close(after[..., ::2, ::2], before)
 
 
-def test_attention_without_reduction_is_the_plain_formula():
-    attention, x = segment.EfficientAttention(12, num_heads=3, reduction=1), torch.randn(2, 4, 5, 12)
-    tokens = x.reshape(2, 20, 12)
-    heads = []
-    for h in range(3):
-        q, k, v = (layer(tokens)[..., 4 * h:4 * h + 4] for layer in (attention.q, attention.k, attention.v))
-        heads.append(torch.softmax(q @ k.transpose(1, 2) / 4 ** 0.5, dim=-1) @ v)
-    torch.testing.assert_close(attention(x), attention.out(torch.cat(heads, dim=-1)).reshape(2, 4, 5, 12))
+# --- published weights ---
 
-
-def their_weights(names, seed=0):
+def their_weights(names):
     """Our SegFormer with random weights, and the same weights under a list of other names."""
-    net = randomised(build("segformer", 5, seed), seed)
+    net = randomised(build("segformer", 5))
     state = net.state_dict()
-    ours = {name: list(net.our_names({name: torch.zeros(2)}))[0] for name in names}
-    return net, {name: state[our_name] for name, our_name in ours.items()}
+    return net, {name: state[list(net.our_names({name: None}))[0]] for name in names}
 
 
 def published_names():
-    """All tensors of the published files, as Hugging Face names them."""
+    """The tensors of the published backbone and those of the head, as Hugging Face names them."""
     block = ["layer_norm_1", "attention.self.query", "attention.self.key", "attention.self.value",
              "attention.output.dense", "layer_norm_2", "mlp.dense1", "mlp.dwconv.dwconv", "mlp.dense2",
              "attention.self.sr", "attention.self.layer_norm"]
-    names = []
+    names, head = [], [*(f"linear_c.{i}.proj" for i in range(4)), "batch_norm", "classifier"]
     for i in range(4):
         layers = block if i < 3 else block[:-2]                     # the last stage does not reduce
         names += [f"patch_embeddings.{i}.proj", f"patch_embeddings.{i}.layer_norm", f"layer_norm.{i}"]
         names += [f"block.{i}.{j}.{layer}" for j in range(2) for layer in layers]
-    return [f"segformer.encoder.{name}.{part}" for name in names for part in ("weight", "bias")]
+    both, running = ("weight", "bias"), ("running_mean", "running_var")
+    head = [f"{name}.{part}" for name in head for part in both] + [f"batch_norm.{part}" for part in running]
+    return ([f"segformer.encoder.{name}.{part}" for name in names for part in both],
+            [f"decode_head.{name}" for name in ("linear_fuse.weight", *head)])
 
 
-HF_HEAD = [
-    f"decode_head.{name}"
-    for name in (*(f"linear_c.{i}.proj.{kind}" for i in range(4)
-                   for kind in ("weight", "bias")), "linear_fuse.weight", "batch_norm.weight",
-                 "batch_norm.bias", "batch_norm.running_mean", "batch_norm.running_var",
-                 "batch_norm.num_batches_tracked", "classifier.weight", "classifier.bias")
-]
+def equal(ours, theirs):
+    return all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
 
 
-def test_published_segformer_names_are_ours(tmp_path):
-    source, state = their_weights(published_names())
-    torch.save({**state, "classifier.bias": torch.zeros(1000)}, tmp_path / "mit.bin")
-    net = build("segformer", 5, seed=9)
-    assert segment.load_backbone(net, tmp_path / "mit.bin") == f"{tmp_path / 'mit.bin'}, backbone only"
-    assert all(
-        torch.equal(value,
-                    net.backbone.state_dict()[name]) for name, value in source.backbone.state_dict().items())
-
-
-def test_a_whole_segformer_brings_its_head_where_the_classes_are_as_many(tmp_path):
-    source, state = their_weights(published_names() + HF_HEAD)
-    torch.save(state, tmp_path / "b0.bin")
-    net, other = build("segformer", 5, seed=9), build("segformer", 4, seed=9)
-    assert segment.load_backbone(net, tmp_path / "b0.bin").endswith("b0.bin, backbone and head")
-    assert all(torch.equal(value, net.state_dict()[name]) for name, value in source.state_dict().items())
-    assert segment.load_backbone(other, tmp_path / "b0.bin").endswith("backbone only")
-    assert torch.equal(other.backbone.stages[3][3].weight, source.backbone.stages[3][3].weight)
-    torch.save({name: value
-                for name, value in state.items() if "block.1.0.mlp.dense1" not in name}
-               | {"segformer.encoder.neck": torch.zeros(1)}, tmp_path / "bad.bin")
-    with pytest.raises(
-            ValueError,
-            match=
-            r"missing backbone.stages.1.1.ffn.fc1.bias, .*; not wanted backbone.neck;"
-    ):
-        segment.load_backbone(net, tmp_path / "bad.bin")
+def test_segformer_takes_published_files_and_the_head_where_the_classes_are_as_many(tmp_path):
+    backbone, head = published_names()
+    source, state = their_weights(backbone + head)                  # num_batches_tracked: older files lack it
+    alone, whole, bad = (tmp_path / name for name in ("mit.bin", "b0.bin", "bad.bin"))
+    torch.save({"classifier.bias": torch.zeros(1000), **{name: state[name] for name in backbone}}, alone)
+    torch.save({"state_dict": state}, whole)
+    for path, classes, loaded in ((alone, 5, "only"), (whole, 4, "only"), (whole, 5, "and head")):
+        net = build("segformer", classes, seed=9)
+        assert segment.load_backbone(net, path) == f"{path}, backbone {loaded}"
+        assert equal(net.backbone, source.backbone) and (loaded == "only" or equal(net, source))
+    torch.save({name: value for name, value in state.items() if "block.1.0.mlp.dense1" not in name}
+               | {"segformer.encoder.neck": torch.zeros(1)}, bad)
+    with pytest.raises(ValueError, match=r"missing backbone.stages.1.1.ffn.fc1.bias \(256,\), .*; "
+                                         r"not wanted backbone.neck \(1,\)$"):
+        segment.load_backbone(net, bad)
 
 
 GOLDEN = [1.303866, 1.219513, -0.805816, 0.514631, -0.240069, -1.167645, -0.777376, -0.715449, -0.872004]
@@ -158,10 +121,8 @@ def test_segformer_logits_are_those_transformers_computed_once():
     x = torch.linspace(-2, 2, 3 * 64 * 96).sin().view(1, 3, 64, 96)
     with torch.no_grad():
         logits = their_weights([])[0].logits(x)
-    torch.testing.assert_close(torch.cat([logits[0, :, 3, 5], logits[0, 2, ::4, 7]]),
-                               torch.tensor(GOLDEN),
-                               atol=1e-5,
-                               rtol=1e-5)
+    found = torch.cat([logits[0, :, 3, 5], logits[0, 2, ::4, 7]])
+    torch.testing.assert_close(found, torch.tensor(GOLDEN), atol=1e-5, rtol=1e-5)
 
 
 def test_segformer_equals_transformers_with_the_same_weights(tmp_path):
@@ -171,20 +132,48 @@ def test_segformer_equals_transformers_with_the_same_weights(tmp_path):
         pytest.skip("this transformers has other names than the published files")
     theirs.load_state_dict(their_weights(theirs.state_dict())[1])
     torch.save(theirs.state_dict(), tmp_path / "b0.bin")
-    net = build("segformer", 5, seed=9).eval()
+    net, x = build("segformer", 5, seed=9).eval(), torch.rand(2, 3, 64, 96)
     assert segment.load_backbone(net, tmp_path / "b0.bin").endswith("backbone and head")
-    x = torch.rand(2, 3, 64, 96)
     with torch.no_grad():
         expected, got = theirs(pixel_values=x).logits, net.logits(x)
     assert ((got - expected).abs().max() / expected.std()).item() < 1e-5
 
 
+def test_resnets_take_torchvision_files_or_its_cache_and_wrong_ones_are_named(tmp_path, monkeypatch):
+    def no_route(*_, **__):
+        raise OSError("no route to host")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_route)
+    net, state = build("deeplabv3+", 3), torchvision.models.resnet18().state_dict()     # random, with fc.*
+    torch.save({"conv2.weight" if key == "conv1.weight" else key: value for key, value in state.items()},
+               tmp_path / "name.pth")
+    torch.save({**state, "conv1.weight": torch.zeros(1)}, tmp_path / "shape.pth")
+    (tmp_path / "text.pth").write_text("no weights")
+    for source, sentence in (
+            (tmp_path / "name.pth", r"missing backbone.conv1.weight .*; not wanted backbone.conv2.weight"),
+            (tmp_path / "shape.pth", r"DeepLabV3Plus's backbone: missing backbone.conv1.weight "
+                                     r"\(64, 3, 7, 7\); not wanted backbone.conv1.weight \(1,\)"),
+            (tmp_path / "text.pth", "text.pth is no state dict"),
+            ("imagenet", r"weights of resnet18, .*\(no route to host\): fetch \S+/resnet18-\w+.pth")):
+        with pytest.raises(ValueError, match=sentence):
+            segment.load_backbone(net, source)
+    with pytest.raises(ValueError, match="torchvision has no ImageNet weights of SegFormer: pass the file"):
+        segment.load_backbone(build("segformer", 3), "imagenet")
+    with pytest.raises(FileNotFoundError):
+        segment.load_backbone(net, tmp_path / "none.pth")
+    cache = tmp_path / "checkpoints/resnet18-f37072fd.pth"
+    cache.parent.mkdir(exist_ok=True)
+    torch.save(state, cache)
+    for source in (cache, "imagenet"):
+        net = build("deeplabv3+", 3)
+        assert segment.load_backbone(net, source) == f"{source}, backbone only"
+        assert torch.equal(net.backbone.layer4[1].conv2.weight, state["layer4.1.conv2.weight"])
+
+
 # --- training ---
 
 def blobs():
-    """Four 64x64 windows of drawn pills, each filled by one defect: two colour stains (class 1), two
-    contaminations (2).
-    """
+    """Four 64x64 windows of drawn pills, filled by two colour stains (class 1) and two contaminations (2)."""
     pairs = []
     for index, size in ((119, 640), (126, 640), (85, 320), (57, 320)):
         image, mask, *_ = draw("pill", 0, index, (size, size))
@@ -193,12 +182,12 @@ def blobs():
     return tuple(torch.from_numpy(np.stack(part)) for part in zip(*pairs))
 
 
-@pytest.mark.parametrize("arch, steps, lr", [("deeplabv3+", 100, 2e-3), ("segformer", 80, 2e-3)])
-def test_four_images_are_learned_and_predictions_do_not_depend_on_the_batch(arch, steps, lr):
+@pytest.mark.parametrize("arch, steps", [("deeplabv3+", 100), ("segformer", 80)])
+def test_four_images_are_learned_and_predictions_do_not_depend_on_the_batch(arch, steps):
     images, masks = blobs()
     net = build(arch, 3)
     untrained = miou(confusion_matrix(predict(net, images), masks, 3))["miou"]
-    losses = fit(net, images, masks, steps, batch_size=4, lr=lr)
+    losses = fit(net, images, masks, steps, batch_size=4, lr=2e-3)
     pred = predict(net, images)
     assert untrained < 0.4 and len(losses) == steps and losses[-1] < losses[0] / 3
     assert miou(confusion_matrix(pred, masks, 3))["miou"] > 0.9
@@ -207,20 +196,19 @@ def test_four_images_are_learned_and_predictions_do_not_depend_on_the_batch(arch
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_same_seed_same_weights_and_the_global_stream_is_left_alone(arch):
-    images, masks = squares(size=32)
+def test_same_seed_same_weights_from_one_grey_photo_and_the_global_stream_is_left_alone(arch):
+    images, masks = squares(2, 32)
 
     def trained(seed):
         net = build(arch, 3, seed=0)
-        fit(net, images, masks, 2, batch_size=2, seed=seed)
-        return torch.cat([p.flatten() for p in net.parameters()]).detach()
+        fit(net, images[:1, :1], masks[:1], 2, batch_size=1, seed=seed)
+        return predict(net, images[:, :1]), torch.cat([p.flatten() for p in net.parameters()]).detach()
 
     torch.manual_seed(1)
-    first = trained(5)
-    after = torch.rand(1)
+    (pred, first), after = trained(5), torch.rand(1)
     torch.manual_seed(1)
-    assert torch.equal(torch.rand(1), after)
-    assert torch.equal(first, trained(5)) and not torch.equal(first, trained(6))
+    assert torch.equal(torch.rand(1), after) and pred.shape == (2, 32, 32)
+    assert torch.equal(first, trained(5)[1]) and not torch.equal(first, trained(6)[1])
 
 
 def test_the_learning_rate_warms_up_and_decays(monkeypatch):
@@ -228,18 +216,9 @@ def test_the_learning_rate_warms_up_and_decays(monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step",
                         lambda self, *args: rates.append(self.param_groups[0]["lr"]) or step(self, *args))
     net = build("segformer", 3)
-    monkeypatch.setattr(net, "loss",
-                        lambda x, target: net.classifier.bias.sum())  # the network itself would take its time
+    monkeypatch.setattr(net, "loss", lambda x, target: net.classifier.bias.sum())       # takes no time
     fit(net, *squares(2, 32), 20, batch_size=1, lr=0.1)
     assert rates == pytest.approx([0.1 * min(1, (i + 1) / 2) * (1 - i / 20) ** 0.9 for i in range(20)])
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_one_grey_photo_and_a_batch_of_one_are_enough(arch):
-    images, masks = squares(2, 32)
-    net = build(arch, 3)
-    fit(net, images[:1, :1], masks[:1], 1, batch_size=1)
-    assert predict(net, images[:, :1]).shape == (2, 32, 32)
 
 
 def test_grey_input_is_repeated_and_normalised():
@@ -248,195 +227,108 @@ def test_grey_input_is_repeated_and_normalised():
                                torch.tensor([(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225]))
 
 
-def test_rare_classes_and_good_images_are_drawn_as_often_as_common_ones():
-    masks = torch.zeros(100, 4, 4, dtype=torch.uint8)
-    masks[:90, 0, 0] = 1                                              # 90 images of class 1, one of 2, 9 good
-    masks[90, 0, 0] = 2
-    table = segment.draw_table(masks, num_classes=5)                           # classes 3 and 4 occur nowhere
-    index = segment.draw_indices(table, 3000, torch.Generator().manual_seed(0))
-    share = [((index >= a) & (index < b)).float().mean().item() for a, b in ((0, 90), (90, 91), (91, 100))]
-    assert share == pytest.approx([1 / 3] * 3, abs=0.03)
+def test_a_pool_draws_its_groups_by_the_ratio_and_all_classes_of_a_group_alike():
+    real = torch.zeros(100, 4, 4, dtype=torch.uint8)
+    real[:90, 0, 0], real[90, 0, 0] = 1, 2                            # 90 images of class 1, one of 2, 9 good
+    real[95, 1] = IGNORE                                              # which is no class
+    generated = (torch.arange(200) % 4 == 0).byte().view(200, 1, 1).expand(200, 4, 4)     # 50 of class 1
+
+    def shares(table, edges):
+        """Of the draws of 500 batches, those between two edges."""
+        draws = [segment.draw_indices(table, 8, torch.Generator().manual_seed(step)) for step in range(500)]
+        return torch.histogram(torch.cat(draws).float(), torch.tensor(edges), density=False)[0] / 4000
+
+    thirds = torch.full((3,), 1 / 3)
+    torch.testing.assert_close(shares(segment.draw_table(real), [0., 90, 91, 100]), thirds, atol=0.03, rtol=0)
+    for ratio, share in ((0.5, 1 / 3), (1, 1 / 2), (2, 2 / 3)):
+        images, masks, table = mix((real[:, None], real), (generated[:, None], generated), ratio)
+        found = shares(table, [0., 90, 91, 100, len(masks)])
+        expected = torch.cat([(1 - share) * thirds, torch.tensor([share])])
+        torch.testing.assert_close(found, expected, atol=0.03, rtol=0)
+        flawed = masks[100:, 0, 0] > 0
+        assert table[0, 100:][flawed].sum() / table[0, 100:].sum() == pytest.approx(1 / 2)
 
 
-def test_augmentation_moves_image_and_mask_together_and_invents_no_class():
-    images, masks = squares(4, 64)
-    seen = set()
-    for seed in range(10):
-        x, target = segment.random_view(images, masks, torch.Generator().manual_seed(seed))
-        seen |= set(target.unique().tolist())
-        red, blue = x[:, 0] - x[:, 2] > 60, x[:, 2] - x[:, 0] > 60               # what the image itself shows
-        inside = target != IGNORE
-        for shown, k in ((red, 1), (blue, 2)):
-            assert ((target == k) & shown & inside).sum() / ((target == k) | shown & inside).sum() > 0.85
-    assert seen == {0, 1, 2, IGNORE}
+def test_larger_ratios_add_to_smaller_ones_and_too_large_ones_are_refused():
+    real, values = (torch.zeros(5, 3, 4, 4), torch.zeros(5, 4, 4)), torch.arange(1, 13.0).view(12, 1, 1)
+    generated, drawn = (values[:, None].expand(12, 3, 4, 4), values.expand(12, 4, 4)), []
+    for ratio, seed, count in ((0, 3, 0), (0.5, 3, 2), (1, 3, 5), (2.4, 3, 12), (1, 4, 5)):
+        images, masks, _ = mix(real, generated, ratio, seed)
+        assert len(masks) == 5 + count and torch.equal(images[:, 0], masks) and not images[:5].any()
+        drawn.append(set(masks[5:, 0, 0].tolist()))
+        assert len(drawn[-1]) == count
+    assert drawn[1] < drawn[2] < drawn[3] and drawn[2] != drawn[4]
+    with pytest.raises(ValueError, match="pairs for each of 5 real ones are 15, but there are 12"):
+        mix(real, generated, 3)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_background_alone_and_nothing_but_ignored_pixels_give_a_finite_loss(arch):
-    net, x = build(arch, 3), torch.rand(2, 3, 40, 56)
-    assert torch.isfinite(net.loss(x, torch.zeros(2, 40, 56, dtype=torch.int64)))
-    nothing = net.loss(x, torch.full((2, 40, 56), IGNORE))
+@pytest.mark.parametrize("axis", [1, 2])
+def test_random_views_do_not_shift_the_mask_against_the_picture(axis):
+    """Of a picture with one step, from 100 to 150; both sides of it count, in px of the view."""
+    masks = (torch.arange(64) >= 32).byte().view(64, 1).expand(400, 64, 64).movedim(1, axis)
+    x, target = segment.random_view(100 + 50 * masks[:, None], masks, torch.Generator().manual_seed(0))
+    low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
+    shown, inside = ((x - low) / (high - low))[:, 0], target != IGNORE
+    offsets = ((shown - target) * inside).sum((1, 2)) / inside.any(axis).sum(1)     # mean over the lines
+    turned = (target == 0).float().argmax(axis).amax(1) > (target == 1).float().argmax(axis).amax(1)
+    assert offsets[turned].mean().abs() < 0.1 and offsets[~turned].mean().abs() < 0.1 and turned.any()
+    assert offsets.abs().max() < 0.75 and target.unique().tolist() == [0, 1, IGNORE]
+
+
+def test_the_loss_is_cross_entropy_and_dice_of_the_pixels_that_count():
+    """One image is half ignored, the other wholly; background alone and nothing at all are finite too."""
+    net, x = build("segformer", 3).eval(), torch.rand(2, 3, 40, 56)
+    target = torch.randint(0, 3, (2, 40, 56), generator=torch.Generator().manual_seed(0))
+    target[0, :16], target[1] = IGNORE, IGNORE
+    logits, counts = net(x)[:1, :, 16:], target[:1, 16:]
+    prob, truth = logits.softmax(1), F.one_hot(counts, 3).permute(0, 3, 1, 2)
+    dice = 1 - 2 * (prob * truth).sum((0, 2, 3)) / (prob + truth).sum((0, 2, 3))
+    torch.testing.assert_close(net.loss(x, target), F.cross_entropy(logits, counts) + dice.mean())
+    assert net.loss(x, torch.zeros_like(target)).isfinite()
+    nothing = net.loss(x, torch.full_like(target, IGNORE))
     nothing.backward()
     assert nothing.item() == 0 and all(p.grad is None or not p.grad.any() for p in net.parameters())
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_an_ignored_image_has_no_say(arch):
-    """A second image of nothing but IGNORE leaves the loss as it is."""
-    net, x = build(arch, 3).eval(), torch.rand(2, 3, 64, 64)
-    target = torch.randint(0, 3, (2, 64, 64), generator=torch.Generator().manual_seed(0))
-    target[1] = IGNORE
-    both, alone = [], []
-    for seed in range(3):
-        torch.manual_seed(seed)
-        both.append(net.loss(x, target).item())
-        torch.manual_seed(seed)
-        alone.append(net.loss(x[:1], target[:1]).item())
-    assert both == pytest.approx(alone, rel=0.02)                                      # points are drawn anew
-
-
-def test_a_class_never_trained_on_scores_zero():
-    images, masks = squares(3, 32)
-    net = build("segformer", 4)
-    fit(net, images, masks, 15, batch_size=2)
-    masks[0, :8] = 3
-    score = miou(confusion_matrix(predict(net, images), masks, 4))
-    assert score["iou"][3] == 0
-
-
-def test_the_ratio_is_of_the_pool_and_larger_ones_add_to_smaller():
-    real = (torch.zeros(5, 3, 4, 4), torch.zeros(5, 4, 4))
-    values = torch.arange(1, 13.0).view(12, 1, 1)
-    synthetic = values[:, None].expand(12, 3, 4, 4), values.expand(12, 4, 4)
-    drawn = {}
-    for ratio, count in ((0, 0), (0.5, 2), (1, 5), (2.4, 12)):
-        images, masks = mix(real, synthetic, ratio, seed=3)
-        assert len(images) == len(masks) == 5 + count and torch.equal(
-            images[:, 0, 0, 0], masks[:, 0, 0]) and not images[:5].any()
-        drawn[ratio] = set(masks[5:, 0, 0].tolist())
-        assert len(drawn[ratio]) == count
-    assert drawn[0.5] < drawn[1] < drawn[2.4] and drawn[1] != set(
-        mix(real, synthetic, 1, seed=4)[1][5:, 0, 0].tolist())
-    with pytest.raises(
-            ValueError,
-            match="3 generated pairs for each of 5 real ones are 15, but there are 12: generate more"):
-        mix(real, synthetic, 3)
-    with pytest.raises(ValueError, match=r"real images are \(3, 4, 4\) and generated ones \(3, 8, 8\)"):
-        mix(real, (torch.zeros(9, 3, 8, 8), torch.zeros(9, 8, 8)), 1)
-
-
-def test_ignored_pixels_do_not_change_the_loss_even_if_all_are():
-    net = build("segformer", 3).eval()
-    x = torch.rand(1, 3, 32, 32)
-    target = torch.randint(0, 3, (1, 32, 32))
-    target[:, :16] = IGNORE
-    logits = net(x)
-    expected = F.cross_entropy(logits[:, :, 16:], target[:, 16:])
-    prob, truth = logits[:, :, 16:].softmax(1), F.one_hot(target[:, 16:], 3).permute(0, 3, 1, 2)
-    expected = expected + (1 - 2 * (prob * truth).sum((0, 2, 3)) / (prob + truth).sum((0, 2, 3))).mean()
-    torch.testing.assert_close(net.loss(x, target), expected)
-    assert net.loss(x, torch.full_like(target, IGNORE)).item() == 0
-
-
 # --- score ---
 
-def test_miou_equals_a_plain_loop():
+def test_miou_equals_a_plain_loop_and_leaves_out_a_class_that_the_target_lacks():
     rng = torch.Generator().manual_seed(0)
     pred, target = (torch.randint(0, 4, (3, 9, 9), generator=rng) for _ in range(2))
-    target[0, :2] = IGNORE
-    score = miou(confusion_matrix(pred, target, 4))
-    expected = []
-    for k in range(4):
+    target[0, :2], pred[1, 1], target[2, 8] = IGNORE, 4, 5         # 4 is only predicted, 5 never, 6 nowhere
+    score, expected = miou(confusion_matrix(pred, target, 7)), []
+    for k in range(7):
         both = either = 0
         for p, t in zip(pred.flatten().tolist(), target.flatten().tolist()):
             if t != IGNORE:
                 both, either = both + (p == t == k), either + (p == k or t == k)
-        expected.append(both / either)
-    assert score["iou"] == pytest.approx(expected)
-    assert score["miou"] == pytest.approx(sum(expected[1:]) / 3)
-    assert score["miou_with_background"] == pytest.approx(sum(expected) / 4)
+        expected.append(both / either if (target == k).any() else float("nan"))
+    assert score["iou"] == pytest.approx(expected, nan_ok=True) and expected[5] == 0
+    assert score["miou"] == pytest.approx(sum((*expected[1:4], expected[5])) / 4)
+    assert score["miou_with_background"] == pytest.approx(sum((*expected[:4], expected[5])) / 5)
+    assert confusion_matrix(torch.tensor([0, 2, 1, 1]), torch.tensor([0, 0, 1, 2]), 3).tolist() == [
+        [1, 0, 1], [0, 1, 0], [0, 1, 0]]                            # [target, pred]
 
 
-def test_a_class_absent_from_the_target_is_left_out():
-    target, pred = torch.tensor([[0, 0, 1, 1]]), torch.tensor([[0, 2, 1, 1]])         # 2 predicted, 3 nowhere
-    confusion = confusion_matrix(pred, target, 4)
-    assert confusion.tolist() == [[1, 0, 1, 0], [0, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
-    score = miou(confusion)
-    assert score["iou"] == pytest.approx(
-        [0.5, 1, float("nan"), float("nan")], nan_ok=True)
-    assert score["miou"] == 1 and score["miou_with_background"] == 0.75
+# --- errors and the command ---
 
-
-# --- errors ---
-
-def test_bad_input_is_answered_with_a_sentence(tmp_path):
+def test_bad_input_is_answered_with_a_sentence():
     images, masks = squares(2, 32)
-    with pytest.raises(ValueError, match=r"no architecture 'unet': choose one of deeplabv3\+, segformer"):
-        build("unet", 3)
-    with pytest.raises(ValueError, match="deeplabv3\\+ has no backbone 'vgg': choose resnet18 or resnet50"):
-        build("deeplabv3+:vgg", 3)
-    with pytest.raises(ValueError, match="segformer has no backbone 'resnet50': choose none"):
-        build("segformer:resnet50", 3)
-    with pytest.raises(ValueError, match=r"masks hold the values \[2\], but the classes are 0..1"):
-        fit(build("segformer", 2), images, masks, 1)
-    with pytest.raises(ValueError, match="they must fit"):
-        fit(build("segformer", 3), images, masks[:1], 1)
-    with pytest.raises(ValueError, match="0 steps"):
-        fit(build("segformer", 3), images, masks, 0)
-    with pytest.raises(ValueError, match="1 or 3"):
-        predict(build("segformer", 3), torch.zeros(1, 4, 32, 32, dtype=torch.uint8))
-    with pytest.raises(FloatingPointError, match=r"the loss is nan at step 0: try a smaller lr"):
-        net = build("segformer", 3)
-        net.classifier.bias.data.fill_(float("nan"))
-        fit(net, images, masks, 3)
-    with pytest.raises(FloatingPointError, match=r"the loss is nan at step [12]"):
-        fit(build("segformer", 3), images, masks, 3, batch_size=1, lr=1e20)
-
-
-def test_backbone_weights_come_from_torchvision_files_and_wrong_ones_are_named(tmp_path):
-    resnet, net = torchvision.models.resnet18(weights=None), build("deeplabv3+", 3)
-    torch.save(resnet.state_dict(), tmp_path / "resnet18.pth")                       # with fc.*, as published
-    segment.load_backbone(net, tmp_path / "resnet18.pth")
-    assert torch.equal(net.backbone.layer4[1].conv2.weight, resnet.layer4[1].conv2.weight)
-    bad = {
-        "conv2.weight" if key == "conv1.weight" else key: value
-        for key, value in resnet.state_dict().items()
-    }
-    torch.save(bad, tmp_path / "bad.pth")
-    with pytest.raises(ValueError, match="missing backbone.conv1.weight; not wanted backbone.conv2.weight"):
-        segment.load_backbone(net, tmp_path / "bad.pth")
-    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "shape.pth")
-    (tmp_path / "text.pth").write_text("no weights")
-    with pytest.raises(
-            ValueError,
-            match=
-            r"DeepLabV3Plus's backbone: .*backbone.conv1.weight of \(1,\) instead of \(64, 3, 7, 7\)"
-    ):
-        segment.load_backbone(net, tmp_path / "shape.pth")
-    with pytest.raises(ValueError, match="text.pth is no state dict"):
-        segment.load_backbone(net, tmp_path / "text.pth")
-    with pytest.raises(FileNotFoundError):
-        segment.load_backbone(net, tmp_path / "none.pth")
-
-
-def test_imagenet_weights_come_from_the_cache_or_the_sentence_says_what_to_pass(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__:
-                        (_ for _ in ()).throw(OSError("no route to host")))
-    net = build("deeplabv3+", 3)
-    with pytest.raises(
-            ValueError,
-            match=
-            r"no ImageNet weights of resnet18, .*\(no route to host\): fetch \S+/resnet18-\w+.pth"
-    ):
-        segment.load_backbone(net, "imagenet")
-    with pytest.raises(ValueError, match="torchvision has no ImageNet weights of SegFormer: pass the file"):
-        segment.load_backbone(build("segformer", 3), "imagenet")
-    resnet = torchvision.models.resnet18(weights=None)
-    (tmp_path / "checkpoints").mkdir(exist_ok=True)
-    torch.save(resnet.state_dict(), tmp_path / "checkpoints" / "resnet18-f37072fd.pth")
-    assert segment.load_backbone(net, "imagenet") == "imagenet, backbone only"
-    assert torch.equal(net.backbone.layer4[1].conv2.weight, resnet.layer4[1].conv2.weight)
+    net, nan = build("segformer", 3), build("segformer", 3)
+    nan.classifier.bias.data.fill_(float("nan"))
+    for error, message, call in (
+            (ValueError, r"no architecture 'unet': choose one of deeplabv3\+, ", lambda: build("unet", 3)),
+            (ValueError, r"deeplabv3\+:vgg'.* deeplabv3\+:resnet18, ", lambda: build("deeplabv3+:vgg", 3)),
+            (ValueError, "segformer:resnet50", lambda: build("segformer:resnet50", 3)),
+            (ValueError, r"masks hold the values \[2\], but the classes are 0..1",
+             lambda: fit(build("segformer", 2), images, masks, 1)),
+            (ValueError, "they must fit", lambda: fit(net, images, masks[:1], 1)),
+            (ValueError, "0 steps", lambda: fit(net, images, masks, 0)),
+            (ValueError, "1 or 3", lambda: predict(net, torch.zeros(1, 4, 32, 32, dtype=torch.uint8))),
+            (FloatingPointError, "is nan at step 0: try a smaller lr", lambda: fit(nan, images, masks, 3)),
+            (FloatingPointError, "at step [12]", lambda: fit(net, images, masks, 3, batch_size=1, lr=1e20))):
+        with pytest.raises(error, match=message):
+            call()
 
 
 def test_the_command_scores_and_saves_a_network_that_comes_back(tmp_path, monkeypatch, capsys):
@@ -444,12 +336,8 @@ def test_the_command_scores_and_saves_a_network_that_comes_back(tmp_path, monkey
     write_classes(tmp_path / "data", ("background", "red", "blue", "dent"))
     for i in range(7):
         write_pair(tmp_path / "data", f"{i:03d}", images[i], masks[i], "stain" if i < 6 else "good")
-    monkeypatch.setattr("sys.argv", [
-        "segment.py", "--data",
-        str(tmp_path / "data"), "--size", "32", "48", "--steps", "2", "--batch-size", "2", "--device", "cpu",
-        "--out",
-        str(tmp_path / "out")
-    ])
+    flags = f"--data {tmp_path}/data --size 32 48 --steps 2 --batch-size 2 --device cpu --out {tmp_path}/out"
+    monkeypatch.setattr("sys.argv", ["segment.py", *flags.split()])
     segment.main()
     printed, report = capsys.readouterr().out, json.loads((tmp_path / "out" / "segment.json").read_text())
     assert "backbone weights: none" in printed and "6 images (split train: the first 5 images" in printed
