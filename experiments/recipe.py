@@ -22,8 +22,8 @@ from datasets import augment, open_dataset, overlay, run_main, sheet, write_imag
 from defect_gen import SWITCH_T, Joint, enlarge, image_statistics
 from diffusion import (noise_for, q_sample, rng, sample, schedule, time_weights, timesteps, to_x_start,
                        training_loss)
-from evaluate import (COPY_BELOW, fingerprint, grain, mask_fit, novelty, print_table, sliced_wasserstein,
-                      spread, variants)
+from evaluate import (COPY_BELOW, fingerprint, grain, halves, mask_fit, novelty, print_table,
+                      sliced_wasserstein, spread, variants)
 from inspect_rules import read_json
 from segment import build, fit, predict
 from train import window
@@ -66,12 +66,12 @@ class Photos:
         training, held_out = (open_dataset(args.data, args.size, split) for split in (args.split, "test"))
         training, held_out = (part.subset(part.defective()) for part in (training, held_out))
         self.classes, (self.images, self.masks) = training.classes, training.tensors()
-        held_images, held_masks = held_out.tensors()
-        self.reference = held_images[::2], held_masks[::2]
+        self.held_out = held_images, held_masks = held_out.tensors()
+        of_reference, of_judge = halves(held_out, 0)
+        self.reference = held_images[of_reference], held_masks[of_reference]
         self.joint = Joint(image_statistics(training), len(self.classes))
-        self.held_out = held_images, held_masks
         self.judge = build("deeplabv3+", len(self.classes), 0)
-        fit(self.judge, *shrink(held_images[1::2], held_masks[1::2]), args.judge_steps, 8)
+        fit(self.judge, *shrink(held_images[of_judge], held_masks[of_judge]), args.judge_steps, 8)
 
     def measure(self, images, masks):
         """{measure: number} of pictures; grain and defects as a share of the real ones'."""
