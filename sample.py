@@ -266,15 +266,15 @@ class Wishes:
 def put_back(photo, before, after, region):
     """A photo uint8 (C, H, W) with what painting changed in its copy of (h, w), inside the region (h, w).
 
-    The change is enlarged and added, so the photo's own grain stays; outside the region nothing changes.
+    The change is enlarged and added, so the photo's own grain stays; it ends at the region's border.
     """
     size = tuple(photo.shape[1:])
-    inside = F.interpolate(region[None, None].byte(), size, mode="nearest-exact")[0, 0] > 0
-    rows, columns = (slice(at.min(), at.max() + 1) for at in inside.nonzero().T)
+    share = F.interpolate(region[None, None].float(), size, mode="bilinear")[0, 0]     # at the border a half
+    rows, columns = (slice(at.min(), at.max() + 1) for at in (share > 0.5).nonzero().T)
     change = F.interpolate((after.float() - before)[None], size, mode="bilinear")[0, :, rows, columns]
-    painted, there = photo.clone(), (slice(None), rows, columns)
-    new = (photo[there] + change).round().clamp(0, 255).byte()
-    painted[there] = torch.where(inside[rows, columns], new, photo[there])
+    change *= (2 * share[rows, columns] - 1).clamp(min=0)
+    painted = photo.clone()
+    painted[:, rows, columns] = (photo[:, rows, columns] + change).round().clamp(0, 255).byte()
     return painted
 
 
