@@ -5,6 +5,7 @@
     python sample.py --run runs/mine --seeds 100-199 --num-steps 50
     python sample.py --run runs/mine --count 50 --defect crack --min-area-px 20     draws until 50 pairs fit
     python sample.py --run runs/mine --count 50 --defect crack --photos good        paints cracks into photos
+    python sample.py --run runs/mine --count 50 --defect crack --masks training     whole pictures for masks
 
 A picture is a function of its seed: 000017.png is the same alone or in a batch. Pairs that are already there
 are skipped, so an interrupted command is simply run again; several machines share the work by their --seeds.
@@ -80,9 +81,9 @@ def parse_args(argv=None):
     painting.add_argument("--photos", metavar="FOLDER", help="good photos, or a data set: then its photos "
                           "without a defect, or all, whose defects stay labelled")
     painting.add_argument("--split", help="of --photos (default: all)")
-    painting.add_argument("--masks", default="training", metavar="FOLDER", help="training: defects of masks "
-                          "trained on, moved; generated: of the large stage; or index masks to take as they "
-                          "are (default: %(default)s)")
+    painting.add_argument("--masks", metavar="FOLDER", help="training: defects of masks trained on, moved; "
+                          "generated: of the large stage; or index masks to take as they are. Without "
+                          "--photos whole pictures are drawn for them (default: training)")
     painting.add_argument("--where", metavar="PNG", help="defects lie where this picture is white (default: "
                           "close to where those trained on lie)")
     painting.add_argument("--judge", metavar="FILE", help="segment.pt of segment.py: scores how far it sees "
@@ -90,6 +91,8 @@ def parse_args(argv=None):
     painting.add_argument("--min-fit", type=float, default=0.0, metavar="IOU", help="paint again what "
                           "--judge scores lower, 0 to 1 (default: %(default)s)")
     args = parser.parse_args(argv)
+    args.paint = bool(args.photos or args.masks)
+    args.masks = args.masks or "training"
     if args.count < 1 or args.batch_size is not None and args.batch_size < 1:
         raise ValueError("--count and --batch-size must be at least 1")
     args.seeds = parse_seeds(args.seeds) if args.seeds else None
@@ -158,8 +161,13 @@ def draw_pairs(args):
 # --- painting: a defect where it is wanted ---
 
 def open_photos(args, generator):
-    """The photos to paint into: a folder's; or a data set's without a defect, or all if each has one."""
+    """The photos to paint into: a folder's; or a data set's without a defect, or all if each has one.
+
+    None without --photos.
+    """
     spec, channels = args.photos, generator.config["channels"]
+    if spec is None:
+        return None
     if spec.startswith("drawn:") or find_objects(Path(spec)):
         photos = open_dataset(spec, split=args.split)
         if photos.classes != generator.classes:
@@ -314,21 +322,26 @@ class Painter:
 
     def attempt(self, seed, n):
         """(photo, mask, record) of try n, native; or why there is none: "no room" or "low score"."""
-        i, size = (seed + n) % len(self.photos), self.generator.size
-        (photo, labels), (before, old) = self.photos.read(i), self.photos.read(i, size)
-        name, own = self.photos.samples[i].name, seed + RETRY * n
+        name, size, own = "", self.generator.size, seed + RETRY * n
+        before = photo = torch.zeros(self.generator.config["channels"], *size, dtype=torch.uint8)
+        old = labels = torch.zeros(size, dtype=torch.uint8)
+        if self.photos:
+            i = (seed + n) % len(self.photos)
+            (photo, labels), (before, old) = self.photos.read(i), self.photos.read(i, size)
+            name = self.photos.samples[i].name
         mask, source = self.wishes.mask(name, tuple(labels.shape), old > 0, seed, own)
         if mask is None:
             return "no room"
-        region = grown(mask > 0, min(size) // 32) & (old == 0)
+        region = grown(mask > 0, min(size) // 32) & (old == 0) if self.photos else old == 0
         after = self.generator.paint(before[None], (old + mask)[None], region[None], [own])[0][0]
         crop = defect_crops(after[None], mask[None], self.side)
         record = {"photo": name, "mask": source, "seed": own, "tries": n + 1,
-                  "seam": seam(after, before, region),
                   "novelty": (distances(crop, self.known, halved).min() / self.unit).item()}
+        if self.photos:
+            record["seam"] = seam(after, before, region)
         if self.judge:
             record["fit"] = mask_fit(self.judge(after[None]), mask[None])[0].item()
-        if record["seam"] > MAX_SEAM or record.get("fit", 1) < self.min_fit:
+        if record.get("seam", 0) > MAX_SEAM or record.get("fit", 1) < self.min_fit:
             return "low score"
         wide = F.interpolate(mask[None, None], tuple(labels.shape), mode="nearest-exact")[0, 0]
         at = wide.nonzero()
@@ -364,15 +377,16 @@ def paint_pairs(args):
     said = f"; tries that failed: {dict(failed)}" if failed else ""
     if not records:
         raise ValueError(f"no defect painted in {TRIES} tries for each of {len(seeds)}{said}")
-    place = {sample.name: i for i, sample in enumerate(painter.photos.samples)}
-    write_sheet(out, generator.size, [painter.photos.read(place[records[name]["photo"]], generator.size)[0]
-                                      for name in sorted(records)[:32]])
+    place = {sample.name: i for i, sample in enumerate(painter.photos.samples if painter.photos else ())}
+    photos = [painter.photos.read(place[records[name]["photo"]], generator.size)[0]
+              for name in sorted(records)[:32]] if painter.photos else []
+    write_sheet(out, generator.size, photos)
     print(f"{len(records)} of {len(seeds)} pairs painted in {out}, {out / 'sheet.png'}{said}")
 
 
 def main():
     args = parse_args()
-    (paint_pairs if args.photos else draw_pairs)(args)
+    (paint_pairs if args.paint else draw_pairs)(args)
 
 
 if __name__ == "__main__":

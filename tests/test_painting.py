@@ -89,6 +89,14 @@ def test_defects_that_a_photo_has_stay_labelled(painter, data, tmp_path):
         assert torch.equal(pairs[i][1] == 1, old == 1) and (pairs[i][1] == 2).any()
 
 
+def test_without_photos_whole_pictures_are_drawn_for_the_masks(painter, data):
+    records, pairs = paint(painter, "--masks", "training", "--defect", "dirt")
+    assert [record["tries"] for record in records.values()] == [1] * 4
+    images, masks = zip(*(pairs[i] for i in range(4)))
+    assert all(set(mask.unique().tolist()) == {0, 2} for mask in masks)
+    assert len({image.numpy().tobytes() for image in images}) == 4
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--photos", "empty"], "no photos in this folder"),
     (["--photos", "grey"], "they have 1 channels, those that .* was trained on 3"),
