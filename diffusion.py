@@ -235,11 +235,11 @@ def sample(denoise, x_T, timesteps, alphas_cumprod, method="dpm++", noise=None, 
             x = ddim_step(x, direction, t, t_prev, alphas_cumprod, eta=1.0, noise=noise())
         else:
             x = ddim_step(x, direction, t, t_prev, alphas_cumprod)
-        if noise_scale != 1 and t_prev >= 0:
-            clean = alphas_cumprod[t_prev].item() ** 0.5 * direction
-            x = clean + noise_scale * (x - clean)
         if then != (t, t_prev):
             last = t, pred_x_start
+            if noise_scale != 1 and t_prev >= 0:
+                clean = alphas_cumprod[t_prev].item() ** 0.5 * direction
+                x = clean + noise_scale * (x - clean)
         else:                                                       # back from t_prev to t
             kept = alphas_cumprod[t].item() / alphas_cumprod[t_prev].item()
             x = kept ** 0.5 * x + (1 - kept) ** 0.5 * noise()

@@ -1,13 +1,11 @@
 """Segmenters for the question "do generated defects help?": DeepLabV3+ and SegFormer MiT-B0.
 
     python segment.py --data drawn:pill --arch segformer        # train one, print IoU, write runs/segment/
+    python segment.py --predict PHOTOS --out MASKS              # masks of its segment.pt for new photos
 
 A network takes (B, 3, H, W) ImageNet-normalised images (see to_input) of any H, W and returns (B, K, H, W)
 scores, the highest of which is the prediction; K = num_classes counts background. Masks are class indices;
-255 (IGNORE) marks pixels that neither loss nor score counts. A saved network comes back with
-
-    saved = torch.load("segment.pt", weights_only=True)
-    net = build(**saved["build"]); net.load_state_dict(saved["model"])
+255 (IGNORE) marks pixels that neither loss nor score counts.
 
 References: DeepLabV3+ Chen et al. 2018, arXiv 1802.02611; SegFormer Xie et al. 2021, arXiv 2105.15203.
 """
@@ -23,8 +21,9 @@ import torchvision
 from torch import nn
 from tqdm import tqdm
 
-from datasets import (add_data_flags, describe, has_bf16, listed, open_dataset, overlay, pick_device,
-                      run_main, sheet, write_atomically, write_image, write_json)
+from datasets import (add_data_flags, as_tensor, describe, has_bf16, images_in, listed, open_dataset,
+                      open_picture, overlay, pick_device, run_main, sheet, to_mode, write_atomically,
+                      write_classes, write_image, write_json)
 
 IGNORE = 255
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -527,8 +526,25 @@ def miou(confusion: torch.Tensor) -> dict:
 
 # --- command ---
 
-def main():
-    parser = argparse.ArgumentParser(description="Train and score one segmenter: IoU, and pictures.")
+def predict_photos(args):
+    """Masks of native size for a folder of photos, in args.out, with overlays; what is there is kept."""
+    out, photos = args.out, images_in(Path(args.predict))
+    masks_of, classes = load_segmenter(args.weights, pick_device(args.device))
+    if not photos:
+        raise ValueError(f"--predict {args.predict}: no photos in this folder, or no such folder")
+    write_classes(out, classes)
+    for (kind, stem), path in tqdm(photos.items(), unit="photo"):
+        mask_path = out / "mask" / kind / f"{stem}_mask.png"
+        if not mask_path.exists():
+            image = as_tensor(to_mode(open_picture(path), 3))
+            mask = masks_of(image[None])[0]
+            write_image(out / "overlay" / kind / f"{stem}.png", overlay(image, mask))
+            write_image(mask_path, mask[None])
+    print(f"{len(photos)} masks in {out}; next: python inspect_rules.py --standard NAME --masks {out}")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Train and score one segmenter, or predict new photos.")
     add_data_flags(parser, split="train")
     add = parser.add_argument
     add("--test-split", default="test", help="the images to score on (default: %(default)s)")
@@ -541,8 +557,14 @@ def main():
     add("--backbone-weights", metavar="FILE", help="or imagenet: torchvision's")
     add("--device", help="cpu, cuda, cuda:1 ... (default: the accelerator if there is one)")
     add("--out", type=Path, default=Path("runs/segment"), help="default: %(default)s")
-    args = parser.parse_args()
+    add("--predict", metavar="PHOTOS", help="do not train: write masks of this folder's photos to --out")
+    add("--weights", default="runs/segment/segment.pt", metavar="FILE", help="of --predict (default: "
+        "%(default)s)")
+    return parser.parse_args()
 
+
+def train_and_score(args):
+    """Train a segmenter, score it on --test-split, and write it with pictures to args.out."""
     device = pick_device(args.device)
     train, test = (open_dataset(args.data, args.size, split, args.object)
                    for split in (args.split, args.test_split))
@@ -569,6 +591,11 @@ def main():
             for i in range(0, len(test), math.ceil(len(test) / 12))]
     write_image(args.out / "predictions.png", sheet(rows, ("image", "truth", "prediction"), train.classes))
     print(f"wrote {args.out}/segment.json, segment.pt, predictions.png")
+
+
+def main():
+    args = parse_args()
+    (predict_photos if args.predict else train_and_score)(args)
 
 
 if __name__ == "__main__":

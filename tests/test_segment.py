@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 
 import experiments.mask2former                                      # adds itself to ARCHS
+import inspect_rules
 import segment
-from datasets import write_classes, write_pair
+from datasets import write_classes, write_image, write_json, write_pair
 from data.drawn import draw
 from segment import IGNORE, build, confusion_matrix, fit, miou, mix, predict
 
@@ -347,3 +349,32 @@ def test_the_command_scores_and_saves_a_network_that_comes_back(tmp_path, monkey
     net = build(**saved["build"])
     net.load_state_dict(saved["model"])
     assert predict(net, images).shape == masks.shape
+
+
+def test_new_photos_get_masks_of_their_own_size_that_the_rules_read(tmp_path, monkeypatch, capsys):
+    random, photos, out = np.random.default_rng(0), tmp_path / "photos", tmp_path / "masks"
+    for name, size in (("a", (40, 56)), ("line/b", (70, 33))):
+        write_image(photos / f"{name}.png", random.integers(0, 256, (3, *size), np.uint8))
+    write_image(photos / "line/grey.png", random.integers(0, 256, (1, 32, 32), np.uint8))
+    net = build("segformer", 3)
+    saved = {"build": dict(arch="segformer", num_classes=3), "model": net.state_dict(), "size": [32, 32],
+             "classes": ["background", "crack", "dirt"]}
+    torch.save(saved, tmp_path / "segment.pt")
+    flags = ["--predict", str(photos), "--weights", str(tmp_path / "segment.pt"), "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["segment.py", *flags])
+    segment.main()
+    masks = {path.relative_to(out).as_posix(): path for path in (out / "mask").rglob("*.png")}
+    assert set(masks) == {"mask/a_mask.png", "mask/line/b_mask.png", "mask/line/grey_mask.png"}
+    assert Image.open(masks["mask/line/b_mask.png"]).size == (33, 70)
+    standard = {"object": "x", "native_size": "mask", "rules": [{"classes": ["crack"], "max_area_px": 0}]}
+    write_json(tmp_path / "standard.json", standard)
+    said = inspect_rules.main(["--standard", str(tmp_path / "standard.json"), "--masks", str(out)])
+    assert said in (0, 1)                                           # judged, whatever it is
+    before = {name: path.stat().st_mtime_ns for name, path in masks.items()}
+    masks["mask/a_mask.png"].unlink()                               # interrupted there
+    segment.main()
+    after = {name: path.stat().st_mtime_ns for name, path in masks.items()}
+    assert [name for name in masks if before[name] != after[name]] == ["mask/a_mask.png"]
+    monkeypatch.setattr("sys.argv", ["segment.py", *flags[:2], "--weights", str(photos / "a.png")])
+    with pytest.raises(ValueError, match="a.png: damaged, or not written by segment.py"):
+        segment.main()
