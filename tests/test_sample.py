@@ -41,7 +41,11 @@ def test_a_data_set_comes_out_of_which_each_pair_is_a_function_of_its_seed(train
     flags = ["--run", trained, "--seeds", "0-3,17", "--sampler", "ddpm", "--num-steps", 3, "--size", 16, 32]
     together, alone = tmp_path / "together", tmp_path / "alone"
     go(*flags, "--out", together)
-    assert f"5 pairs in {together}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"5 pairs in {together}" in said
+    masks = [open_dataset(together).read_mask(i) > 0 for i in range(5)]
+    share = 100 * np.mean([mask.mean() for mask in masks])
+    assert f"{share:.2f} % of the pixels are defects; trained on: 0 % empty, 10.42 %" in said   # 80 of 768 px
     data = open_dataset(together)
     assert data.classes == ("background", "crack", "dirt") and seeds_in(together) == [0, 1, 2, 3, 17]
     assert data[0][0].shape == (3, 16, 32) and len({data[i][0].numpy().tobytes() for i in range(5)}) == 5
