@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 
+from datasets import open_dataset
 from experiments import claim
 
 
@@ -21,3 +22,9 @@ def test_a_run_through_measures_every_switch_and_goes_on_where_it_stopped(tmp_pa
     torch.save(torch.load(path, weights_only=True) | {"seed": 1}, path)
     with pytest.raises(TypeError):                              # but with other weights it is
         claim.main()
+
+
+def test_25_pills_are_25_that_train(tmp_path):
+    claim.write_pills(tmp_path, count=30)
+    for n in (5, 25):
+        assert len(open_dataset(tmp_path, (32, 32), f"train{n}").defective()) == n
