@@ -299,7 +299,7 @@ def test_a_perfect_generator_is_as_real_images_and_a_copier_is_exposed():
             "copies": tuple(part.repeat(5, *[1] * (part.ndim - 1)) for part in training)}
     run = SimpleNamespace(args=SimpleNamespace(steps=50, seeds=3, backbone_weights=None), test=test,
                           scored=test.tensors(), classes=test.classes, device=torch.device("cpu"))
-    run.segmenter = partial(evaluate.Run.segmenter, run)
+    run.network, run.segmenter = (partial(way, run) for way in (evaluate.Run.network, evaluate.Run.segmenter))
     numbers = evaluate.compare(run, training, sets, print)
     real, new, copied = ({name: np.array([part[name] for part in parts]) for name in parts[0]}
                          for parts in numbers.values())
