@@ -103,6 +103,13 @@ def is_grey(path):
         return True
 
 
+def channels_of(samples):
+    """1 if all photos are grey, else 3."""
+    pictures = [sample.image for sample in samples]             # the first alone: most sets are in colour
+    grey = all(map(is_grey, pictures[:1])) and all(same for same, _ in in_threads(is_grey, pictures[1:]))
+    return 1 if grey else 3
+
+
 def in_threads(function, items):
     """Yields (result, None) or (None, the ValueError's sentence) of each item, in order."""
     def attempt(item):
@@ -300,10 +307,8 @@ def read_folder(photos, masks):
         notes = [f"photos of another product: {listed(FOREIGN[name])}"]
         samples = [s for s in samples if s.name not in FOREIGN[name]]
     classes = classes or CLASS_TABLES.get(name) or classes_of_values(root, samples)
-    pictures = [sample.image for sample in samples]             # the first alone: most sets are in colour
-    grey = all(map(is_grey, pictures[:1])) and all(same for same, _ in in_threads(is_grey, pictures[1:]))
-    channels = 1 if grey else 3
-    return DefectDataset(name, classes, samples, channels, read_splits(root / "split.json"), notes, problems)
+    channels, splits = channels_of(samples), read_splits(root / "split.json")
+    return DefectDataset(name, classes, samples, channels, splits, notes, problems)
 
 
 def find_objects(root, depth=3):

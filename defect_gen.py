@@ -112,10 +112,14 @@ def shrink(x_start, known, size):
     return F.adaptive_avg_pool2d(x_start, size), F.adaptive_max_pool2d((~known).float(), size) == 0
 
 
+def sight(net):
+    """How far from itself a pixel of a net's answer can see, in px; inf where it sees everything."""
+    return receptive_field(net) / 2 if net.config["norm"] == "local" else math.inf
+
+
 def surroundings(drawn, net):
     """[rows, columns] that hold all that a net sees which draws where `drawn` (H, W) is true."""
-    step, field, box = 2 ** net.depth, receptive_field(net), []
-    margin = math.ceil(field / 2) if net.config["norm"] == "local" and field < math.inf else max(drawn.shape)
+    step, margin, box = 2 ** net.depth, math.ceil(min(sight(net), max(drawn.shape))), []
     for along in (drawn.any(1), drawn.any(0)):
         at = along.nonzero()
         first, last = max(0, at.min().item() - margin), min(len(along), at.max().item() + 1 + margin)
@@ -129,11 +133,10 @@ def in_tiles(net, x_t, t):
     Each piece is computed with a margin that holds all that its pixels see.
     """
     height, width = x_t.shape[2:]
-    field = receptive_field(net)
-    if net.config["norm"] != "local" or field > TILE or max(height, width) <= TILE:
+    if sight(net) > TILE / 2 or max(height, width) <= TILE:
         return net(x_t, t)
     step = 2 ** net.depth
-    margin = math.ceil(field / 2 / step) * step                     # pieces begin where all levels begin
+    margin = math.ceil(sight(net) / step) * step                    # pieces begin where all levels begin
     answer = torch.empty_like(x_t)
     for top in range(0, height, TILE):
         for left in range(0, width, TILE):
@@ -259,8 +262,7 @@ class DefectGen:
                                  f"--t-range full")
         return steps
 
-    def paint(self, images, masks, regions, seeds, mask_given=True, num_steps=20, repeats=5, sampler="dpm++",
-              spacing="logsnr", switch_t=SWITCH_T):
+    def paint(self, images, masks, regions, seeds, mask_given=True, num_steps=20, repeats=5):
         """Draw into photos: what is outside a region is known, inside it the image is drawn to fit the mask.
 
         A region of the whole picture makes an image for a mask. One pair at a time: the small network goes
@@ -273,13 +275,12 @@ class DefectGen:
             repeats: of each step, so that what is drawn agrees with what is known: see diffusion.sample.
         Returns: images uint8 (N, C, H, W), unchanged outside the regions, and masks uint8 (N, H, W).
         """
-        steps = self.timesteps(num_steps, spacing, switch_t)
-        painted = []
+        steps, painted = self.timesteps(num_steps, "logsnr", SWITCH_T), []
         for image, mask, region, seed in zip(images, masks, regions, seeds):
             x_start = self.joint.encode(image[None].to(self.device), mask[None].to(self.device))
             drawn = torch.stack([region] * len(image) + [region & (not mask_given)] * len(self.classes))
             known = x_start, ~drawn[None].to(self.device)
-            joint = self.draw([seed], steps, sampler, switch_t, self.size, known, repeats)
+            joint = self.draw([seed], steps, "dpm++", SWITCH_T, self.size, known, repeats)
             new_image, new_mask = (part[0].cpu() for part in self.joint.decode(joint))
             painted.append((torch.where(region, new_image, image), torch.where(region, new_mask, mask)))
         return tuple(map(torch.stack, zip(*painted)))

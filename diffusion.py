@@ -219,30 +219,28 @@ def sample(denoise, x_T, timesteps, alphas_cumprod, method="dpm++", noise=None, 
     lambdas = (logsnr(alphas_cumprod) / 2).tolist()
 
     x, last = x_T, None                                         # last: (t, predicted x_0) of the step before
-    taken = [(t, t_prev) for t, t_prev in zip(timesteps, timesteps[1:] + [-1])
-             for _ in range(repeats if t_prev >= 0 else 1)]
-    for (t, t_prev), then in zip(taken, taken[1:] + [None]):
-        pred_x_start = denoise(x, t).to(x.dtype)
-        if limits is not None:
-            pred_x_start = pred_x_start.clamp(*limits)
-        if on_step is not None:
-            on_step(t, x, pred_x_start)
-        direction = pred_x_start
-        if method == "dpm++" and last is not None and t_prev >= 0:
-            r = (lambdas[t] - lambdas[last[0]]) / (lambdas[t_prev] - lambdas[t])
-            direction = pred_x_start + (pred_x_start - last[1]) / (2 * r)
-        if method == "ddpm" and t_prev >= 0:
-            x = ddim_step(x, direction, t, t_prev, alphas_cumprod, eta=1.0, noise=noise())
-        else:
-            x = ddim_step(x, direction, t, t_prev, alphas_cumprod)
-        if then != (t, t_prev):
-            last = t, pred_x_start
-            if noise_scale != 1 and t_prev >= 0:
-                clean = alphas_cumprod[t_prev].item() ** 0.5 * direction
-                x = clean + noise_scale * (x - clean)
-        else:                                                       # back from t_prev to t
-            kept = alphas_cumprod[t].item() / alphas_cumprod[t_prev].item()
-            x = kept ** 0.5 * x + (1 - kept) ** 0.5 * noise()
+    for t, t_prev in zip(timesteps, timesteps[1:] + [-1]):
+        for repeat in range(repeats if t_prev >= 0 else 1):
+            if repeat:                                              # back from t_prev to t
+                kept = alphas_cumprod[t].item() / alphas_cumprod[t_prev].item()
+                x = kept ** 0.5 * x + (1 - kept) ** 0.5 * noise()
+            pred_x_start = denoise(x, t).to(x.dtype)
+            if limits is not None:
+                pred_x_start = pred_x_start.clamp(*limits)
+            if on_step is not None:
+                on_step(t, x, pred_x_start)
+            direction = pred_x_start
+            if method == "dpm++" and last is not None and t_prev >= 0:
+                r = (lambdas[t] - lambdas[last[0]]) / (lambdas[t_prev] - lambdas[t])
+                direction = pred_x_start + (pred_x_start - last[1]) / (2 * r)
+            if method == "ddpm" and t_prev >= 0:
+                x = ddim_step(x, direction, t, t_prev, alphas_cumprod, eta=1.0, noise=noise())
+            else:
+                x = ddim_step(x, direction, t, t_prev, alphas_cumprod)
+        last = t, pred_x_start
+        if noise_scale != 1 and t_prev >= 0:
+            clean = alphas_cumprod[t_prev].item() ** 0.5 * direction
+            x = clean + noise_scale * (x - clean)
     return x
 
 

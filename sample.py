@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from datasets import (DefectDataset, Sample, as_tensor, find_objects, images_in, is_grey, open_dataset,
+from datasets import (DefectDataset, Sample, as_tensor, channels_of, find_objects, images_in, open_dataset,
                       open_picture, overlay, pair_paths, pick_device, run_main, sheet, to_mode, write_classes,
                       write_image, write_json, write_pair)
 from defect_gen import NUM_STEPS, SWITCH_T, DefectGen
@@ -109,10 +109,28 @@ def wanted(masks, args, classes):
     return (area >= least) & (area <= most)
 
 
-def write_sheet(out, size, photos=()):
-    """A contact sheet of the first 32 pairs of a data set, at size (H, W), below the photos painted into."""
-    pairs, rows = open_dataset(out, size), []
+def open_run(args):
+    """The generator of --run. Raises where --defect is none of its classes."""
+    generator = DefectGen.load(args.run, pick_device(args.device))
+    if args.defect and args.defect not in generator.classes[1:]:
+        raise ValueError(f"--defect {args.defect}: {args.run} draws {', '.join(generator.classes[1:])}")
+    return generator
+
+
+def begin(args, generator, out, settings):
+    """Make the folder of a data set and note how it is drawn. Raises where it holds pairs of another way."""
+    settings.update(steps_trained=generator.steps_trained)
+    if (out / "config.json").exists() and read_json(out / "config.json") != settings:
+        raise ValueError(f"{out} holds pairs of other settings or checkpoints, see its config.json; "
+                         f"remove it, or choose another --out")
+    write_classes(out, generator.classes)
+    write_json(out / "config.json", settings)
+
+
+def write_sheet(out, pairs, photos=()):
+    """Write OUT/sheet.png: the first 32 pairs of an opened data set, below the photos painted into."""
     images, masks = pairs.subset(range(min(32, len(pairs)))).tensors()
+    rows = []
     for first in range(0, len(images), 8):
         eight = slice(first, first + 8)
         rows += [("photo", list(photos[eight]))] if photos else []
@@ -129,14 +147,12 @@ def mask_shares(dataset):
 
 def draw_pairs(args):
     """Draw the pairs that --out lacks and write them, then a contact sheet of the first 32."""
-    generator = DefectGen.load(args.run, pick_device(args.device))
+    generator = open_run(args)
     size, out = tuple(args.size or generator.size), Path(args.out or Path(args.run) / "samples")
     one_size = generator.plan_size == generator.size
     check_size(*size, depth=max(generator.large.depth * one_size, generator.small.depth))
     how = args.num_steps, args.sampler, args.spacing, args.switch_t
     generator.timesteps(args.num_steps, args.spacing, args.switch_t)    # refused before writing
-    if args.defect and args.defect not in generator.classes[1:]:
-        raise ValueError(f"--defect {args.defect}: {args.run} draws {', '.join(generator.classes[1:])}")
     names = "num_steps", "sampler", "spacing", "switch_t", "defect", "min_area_px", "max_area_px"
     settings = {name: getattr(args, name) for name in names}
     settings.update(size=list(size))
@@ -159,12 +175,12 @@ def draw_pairs(args):
     if kept < count and not args.seeds or not kept:
         raise ValueError(f"only {kept} of {len(seeds)} pairs drawn are as asked for, in {out}; ask for less")
 
-    write_sheet(out, size)
-    config = generator.config
+    pairs, config = open_dataset(out, size), generator.config
+    write_sheet(out, pairs)
     with contextlib.suppress(OSError, ValueError):                  # the photos may lie on another machine
         train = open_dataset(config["data"], split=config["split"], object=config.get("object"))
         real = mask_shares(train.subset(train.defective()))
-        print(f"masks: {mask_shares(open_dataset(out))}; trained on: {real}")
+        print(f"masks: {mask_shares(pairs)}; trained on: {real}")
     drawn = f" of {len(seeds) - len(missing)} drawn" if choosy else ""
     print(f"{kept} pairs{drawn} in {out}, contact sheet {out / 'sheet.png'}")
     if out == Path(args.run) / "samples":
@@ -190,8 +206,7 @@ def open_photos(args, generator):
         photos = photos.subset(sorted(set(range(len(photos))) - set(defective)) or defective)
     else:
         samples = [Sample(stem, path) for (_, stem), path in images_in(Path(spec)).items()]
-        grey = all(is_grey(sample.image) for sample in samples)
-        photos = DefectDataset(spec, generator.classes, samples, 1 if grey else 3)
+        photos = DefectDataset(spec, generator.classes, samples, channels_of(samples))
     if not len(photos):
         raise ValueError(f"--photos {spec}: no photos in this folder")
     if photos.channels != channels:
@@ -299,24 +314,14 @@ def put_back(photo, before, after, region):
     return painted
 
 
+def steps_across(image, region):
+    """Differences of neighbours of which the border of the region lies between, in grey levels: (N,)."""
+    return torch.cat([image.float().diff(dim=axis).abs().mean(0)[region.diff(dim=axis)] for axis in (-1, -2)])
+
+
 def seam(after, before, region):
     """Mean difference of neighbours across the region's border, over that in the photo; 1: as it was."""
-    across = [region.diff(dim=axis) for axis in (-1, -2)]
-
-    def step(image):
-        return sum(image.float().diff(dim=axis).abs().mean(0)[edge].sum()
-                   for axis, edge in zip((-1, -2), across)) / sum(edge.sum() for edge in across)
-    return (step(after) / step(before).clamp(min=0.5)).item()
-
-
-def begin(args, generator, out, settings):
-    """Make the folder of a data set and note how it is drawn. Raises where it holds pairs of another way."""
-    settings.update(steps_trained=generator.steps_trained)
-    if (out / "config.json").exists() and read_json(out / "config.json") != settings:
-        raise ValueError(f"{out} holds pairs of other settings or checkpoints, see its config.json; "
-                         f"remove it, or choose another --out")
-    write_classes(out, generator.classes)
-    write_json(out / "config.json", settings)
+    return (steps_across(after, region).mean() / steps_across(before, region).mean().clamp(min=0.5)).item()
 
 
 class Painter:
@@ -333,20 +338,30 @@ class Painter:
         among = distances(self.known, self.known, halved).fill_diagonal_(math.inf)
         self.unit = among.amin(1).median()
 
-    def attempt(self, seed, n):
-        """(photo, mask, record) of try n, native; or why there is none: "no room" or "low score"."""
-        name, size, own = "", self.generator.size, seed + RETRY * n
-        before = photo = torch.zeros(self.generator.config["channels"], *size, dtype=torch.uint8)
-        old = labels = torch.zeros(size, dtype=torch.uint8)
+    def read(self, seed, n, size=None):
+        """(name, photo, its mask) for try n of a seed; without --photos a black one of the run's size."""
         if self.photos:
             i = (seed + n) % len(self.photos)
-            (photo, labels), (before, old) = self.photos.read(i), self.photos.read(i, size)
-            name = self.photos.samples[i].name
+            return self.photos.samples[i].name, *self.photos.read(i, size)
+        black = torch.zeros(self.generator.config["channels"] + 1, *self.generator.size, dtype=torch.uint8)
+        return "", black[1:], black[0]
+
+    def paint(self, before, old, mask, seed):
+        """(image, region) of a photo of the run's size with the mask `old`, to which a defect's is added."""
+        region = old == 0
+        if self.photos:
+            region &= grown(mask > 0, min(mask.shape) // 32)
+        return self.generator.paint(before[None], (old + mask)[None], region[None], [seed])[0][0], region
+
+    def attempt(self, seed, n):
+        """(photo, mask, record) of try n, native; or why there is none: "no room" or "low score"."""
+        name, photo, labels = self.read(seed, n)
+        _, before, old = self.read(seed, n, self.generator.size)
+        own = seed + RETRY * n
         mask, source = self.wishes.mask(name, tuple(labels.shape), old > 0, seed, own)
         if mask is None:
             return "no room"
-        region = grown(mask > 0, min(size) // 32) & (old == 0) if self.photos else old == 0
-        after = self.generator.paint(before[None], (old + mask)[None], region[None], [own])[0][0]
+        after, region = self.paint(before, old, mask, own)
         crop = defect_crops(after[None], mask[None], self.side)
         record = {"photo": name, "mask": source, "seed": own, "tries": n + 1,
                   "novelty": (distances(crop, self.known, halved).min() / self.unit).item()}
@@ -364,9 +379,7 @@ class Painter:
 
 def paint_pairs(args):
     """Paint a defect into photos, one for each seed; write the pairs, source.json and scores.csv."""
-    generator = DefectGen.load(args.run, pick_device(args.device))
-    if args.defect and args.defect not in generator.classes[1:]:
-        raise ValueError(f"--defect {args.defect}: {args.run} draws {', '.join(generator.classes[1:])}")
+    generator = open_run(args)
     painter, out = Painter(args, generator), Path(args.out or Path(args.run) / "painted")
     names = "photos", "split", "masks", "where", "judge", "min_fit", "defect"
     begin(args, generator, out, {name: getattr(args, name) for name in names})
@@ -390,10 +403,9 @@ def paint_pairs(args):
     said = f"; tries that failed: {dict(failed)}" if failed else ""
     if not records:
         raise ValueError(f"no defect painted in {TRIES} tries for each of {len(seeds)}{said}")
-    place = {sample.name: i for i, sample in enumerate(painter.photos.samples if painter.photos else ())}
-    photos = [painter.photos.read(place[records[name]["photo"]], generator.size)[0]
-              for name in sorted(records)[:32]] if painter.photos else []
-    write_sheet(out, generator.size, photos)
+    first = sorted(records)[:32]
+    photos = [painter.read(int(name), records[name]["tries"] - 1, generator.size)[1] for name in first]
+    write_sheet(out, open_dataset(out, generator.size), photos if painter.photos else ())
     print(f"{len(records)} of {len(seeds)} pairs painted in {out}, {out / 'sheet.png'}{said}")
 
 

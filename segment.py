@@ -22,8 +22,8 @@ from torch import nn
 from tqdm import tqdm
 
 from datasets import (add_data_flags, as_tensor, describe, has_bf16, images_in, listed, open_dataset,
-                      open_picture, overlay, pick_device, run_main, sheet, to_mode, write_atomically,
-                      write_classes, write_image, write_json)
+                      open_picture, overlay, pair_paths, pick_device, run_main, sheet, to_mode,
+                      write_atomically, write_classes, write_image, write_json)
 
 IGNORE = 255
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -534,7 +534,7 @@ def predict_photos(args):
         raise ValueError(f"--predict {args.predict}: no photos in this folder, or no such folder")
     write_classes(out, classes)
     for (kind, stem), path in tqdm(photos.items(), unit="photo"):
-        mask_path = out / "mask" / kind / f"{stem}_mask.png"
+        mask_path = pair_paths(out, stem, kind)[1]
         if not mask_path.exists():
             image = as_tensor(to_mode(open_picture(path), 3))
             mask = masks_of(image[None])[0]

@@ -9,6 +9,7 @@ DeepLabV3+ trained on the run's training photos. Writes OUT/paint.json and OUT/p
 """
 import argparse
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from datasets import has_bf16, open_dataset, overlay, run_main, sheet, write_ima
 from defect_gen import DefectGen
 from diffusion import rng
 from evaluate import INSPECTOR, mask_fit, print_table, spread
-from sample import RETRY, TRIES, Painter, grown, parse_args
+from sample import RETRY, TRIES, Painter, grown, parse_args, steps_across
 from segment import build, fit, predict
 
 VARIETY = 10            # seeds of one region
@@ -45,31 +46,25 @@ def paste(photo, image, shape, centres, room, generator):
 
 def border(image, region):
     """Mean difference of neighbours across a region's border, over that of the picture outside it."""
-    steps, edges = [], []
+    others = []
     for axis in (-1, -2):
-        step, apart = image.float().diff(dim=axis).abs().mean(0), region.diff(dim=axis)
-        outside = ~region.narrow(axis, 1, region.shape[axis] - 1) & ~apart
-        steps.append((step[apart], step[outside]))
-    edges, others = (torch.cat(part) for part in zip(*steps))
-    return (edges.mean() / others.mean().clamp(min=0.5)).item()
+        outside = ~region.narrow(axis, 1, region.shape[axis] - 1) & ~region.diff(dim=axis)
+        others.append(image.float().diff(dim=axis).abs().mean(0)[outside])
+    return (steps_across(image, region).mean() / torch.cat(others).mean().clamp(min=0.5)).item()
 
 
-def sets_of(painter, k, count, test):
-    """{name: (images, masks)} of class k: painted, pasted into the same photos, and real."""
+def sets_of(painter, turn, k, count, test):
+    """{name: (images, masks)} of class k, whose turn it is: painted, pasted into the same photos, real."""
     wishes, size = painter.wishes, painter.generator.size
     donors, painted, pasted = wishes.shapes[k], [], []
     images = wishes.train[0][(wishes.train[1] == k).flatten(1).any(1)]
     for seed in range(count):
         for n in range(TRIES):
-            i, own = (seed + n) % len(painter.photos), seed + RETRY * n
-            photo, old = painter.photos.read(i, size)
-            name = painter.photos.samples[i].name
-            wanted, _ = wishes.mask(name, size, old > 0, 0, own)
+            own, (name, photo, old) = seed + RETRY * n, painter.read(seed, n, size)
+            wanted, _ = wishes.mask(name, size, old > 0, turn, own)
             if wanted is None:
                 continue
-            region = grown(wanted > 0, min(size) // 32) & (old == 0)
-            drawn = painter.generator.paint(photo[None], (old + wanted)[None], region[None], [own])
-            painted.append((drawn[0][0], old + wanted))
+            painted.append((painter.paint(photo, old, wanted, own)[0], old + wanted))
             room = wishes.room & (old == 0)
             donor = own % len(donors)
             found = paste(photo, images[donor], donors[donor], room & donors.any(0), room, rng(own))
@@ -95,12 +90,12 @@ def score(pairs, k, judges, size):
     return {"pairs": len(images), "fit %": fits, "class seen %": seen, "border": borders}
 
 
-def variety(painter, k):
+def variety(painter, turn, k):
     """Mean deviation in grey levels, inside one region, of what VARIETY seeds paint for one mask."""
     size = painter.generator.size
     for i in range(len(painter.photos)):
         photo, old = painter.photos.read(i, size)
-        wanted, _ = painter.wishes.mask("", size, old > 0, 0, i)
+        wanted, _ = painter.wishes.mask("", size, old > 0, turn, i)
         if wanted is not None:
             inside = (wanted > 0).expand(VARIETY, *size)
             images = painter.generator.paint(photo.expand(VARIETY, *photo.shape), inside.byte() * k, inside,
@@ -109,15 +104,15 @@ def variety(painter, k):
     return math.nan
 
 
-def measure_class(painter, k, judges, args, test):
+def measure_class(painter, turn, k, judges, args, test):
     """Rows of the table, and a sheet: painted pairs, those with the lowest fit last."""
     generator = painter.generator
-    sets = sets_of(painter, k, args.count, test)
+    sets = sets_of(painter, turn, k, args.count, test)
     rows, numbers = [], {}
     for name, pairs in sets.items():
         numbers[name] = result = score(pairs, k, judges, len(generator.classes))
         cells = [spread(result[column], 1) for column in ("fit %", "class seen %")]
-        result["variety"] = variety(painter, k) if name == "painted" else math.nan
+        result["variety"] = variety(painter, turn, k) if name == "painted" else math.nan
         rows.append([generator.classes[k], name, result["pairs"], *cells, spread(result["border"], 2),
                      spread([result["variety"]], 1)])
     pictures = []
@@ -152,15 +147,12 @@ def main():
     for seed in range(args.seeds):
         net = build(INSPECTOR, len(classes), seed)
         fit(net, *real, args.steps, seed=seed, bf16=has_bf16(generator.device))
-        judges.append(lambda images, net=net: predict(net, images))
+        judges.append(partial(predict, net))
         print(f"judge {seed + 1} of {args.seeds} trained", flush=True)
-    rows, numbers = [], {}
-    for k in range(1, len(classes)):
-        if not (real[1] == k).any():
-            continue                                                # no training defect to move
-        words = ["--run", args.run, "--photos", args.photos, "--defect", classes[k]]
-        painter = Painter(parse_args(words + (["--split", args.split] if args.split else [])), generator)
-        more, numbers[classes[k]] = measure_class(painter, k, judges, args, held_out)
+    words = ["--run", args.run, "--photos", args.photos, *(["--split", args.split] if args.split else [])]
+    painter, rows, numbers = Painter(parse_args(words), generator), [], {}
+    for turn, k in enumerate(painter.wishes.shapes):                # the classes with a training defect
+        more, numbers[classes[k]] = measure_class(painter, turn, k, judges, args, held_out)
         rows += more
         table = {"caption": f"{args.run}, photos of {args.photos}; judges: {args.steps} steps", "rows": rows,
                  "head": ["class", "", "pairs", "fit %", "class seen %", "border", "variety"]}

@@ -24,7 +24,7 @@ def paint(run, *flags):
 def painter(trained, tmp_path, monkeypatch):
     """A copy of the run; four steps of training paint with seams, which here may be."""
     monkeypatch.setattr(sample, "MAX_SEAM", math.inf)
-    monkeypatch.setattr(sample.DefectGen.paint, "__defaults__", (True, 2, 1, "dpm++", "logsnr", 400))
+    monkeypatch.setattr(sample.DefectGen.paint, "__defaults__", (True, 2, 1))
     return shutil.copytree(trained, tmp_path / "run")
 
 
