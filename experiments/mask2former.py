@@ -1,29 +1,19 @@
-"""Mask2Former, the third network of the paper's table, and that table: three networks x data sets, without
-and with pairs.
+"""Mask2Former, the third network of the paper's table (experiments.paper_table).
 
-    python -m experiments.mask2former --run runs/demo --run runs/mine --seeds 3 --steps 150
-    python -m experiments.mask2former --run runs/demo --ratios 20 50 100 200 300        the paper's ablation
-    python -m experiments.mask2former --quick                                           a run-through
+    python -m experiments.mask2former --arch mask2former --data FOLDER --size 128 128      as segment.py
 
 References: Mask2Former, Cheng et al. 2022, arXiv 2112.01527; its pixel decoder is that of Deformable DETR,
 Zhu et al. 2021, arXiv 2010.04159.
 """
-import argparse
 import math
-import statistics
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import evaluate
-from datasets import run_main, write_json
-from evaluate import fingerprint, print_table, spread
-from inspect_rules import read_json
-from segment import (ARCHS, IGNORE, DeepLabV3Plus, Segmenter, attend, confusion_matrix, miou, mix, padded,
-                     resnet, resnet_features)
+from datasets import run_main
+from segment import ARCHS, IGNORE, DeepLabV3Plus, Segmenter, attend, main, padded, resnet, resnet_features
 
 
 # --- the network ---
@@ -315,64 +305,5 @@ class Mask2Former(Segmenter):
 ARCHS["mask2former"] = Mask2Former
 
 
-# --- the table ---
-
-def score(run, arch, pool, seed):
-    """mIoU in % of one network: pool is "real", or the % of generated pairs for each real one."""
-    if pool != "real":
-        run.__dict__["mixed"] = mix(run.real, run.generated, int(pool) / 100)     # what run.predict trains on
-    masks = run.predict(arch, "real" if pool == "real" else "real + generated", seed)
-    run.predictions.clear()
-    return 100 * miou(confusion_matrix(masks, run.scored[1], len(run.classes)))["miou"]
-
-
-def parse_args():
-    parser = argparse.ArgumentParser(
-        description="The paper's table: networks x data sets, without and with pairs.")
-    add = parser.add_argument
-    add("--run", action="append", help="run with pairs in RUN/samples; repeatable (default: runs/demo)")
-    add("--arch", nargs="+", default=list(ARCHS), help="networks (default: all three)")
-    add("--ratios", type=int, nargs="+", default=[100],
-        help="%% of generated pairs for each real one (default: 100)")
-    add("--seeds", type=int, default=3, help="segmenters of each kind (default: %(default)s)")
-    add("--steps", type=int, default=150, help="optimiser steps of each (default: %(default)s)")
-    add("--out", type=Path, default=Path("runs/paper_table.json"),
-        help="finished cells are kept there, for the same pixels (default: %(default)s)")
-    add("--quick", action="store_true", help="one seed of 2 steps; its numbers mean nothing, none is kept")
-    args = parser.parse_args()
-    args.run, args.seeds = args.run or ["runs/demo"], 1 if args.quick else args.seeds
-    return args
-
-
-def main():
-    args = parse_args()
-    cells = read_json(args.out) if args.out.exists() and not args.quick else {}
-    rows, gains, quick = [], {}, ["--quick"] * args.quick
-    for folder in args.run:
-        run = evaluate.Run(evaluate.parse_args(["--run", folder, "--steps", str(args.steps), *quick]))
-        pixels = fingerprint(*run.real, *run.generated, *run.scored)
-        for arch in args.arch:
-            found = {pool: [] for pool in ["real", *args.ratios]}
-            for pool in found:
-                for seed in range(args.seeds):
-                    key = f"{folder}|{arch}|{pool}|{seed}|{args.steps}|{pixels}"
-                    if key not in cells:
-                        cells[key] = score(run, arch, pool, seed)
-                        if not args.quick:
-                            write_json(args.out, cells)
-                    found[pool].append(cells[key])
-                    print(f"{folder}, {arch}, {pool}, seed {seed}: mIoU {cells[key]:.1f} %", flush=True)
-            for ratio in args.ratios:
-                gain = [b - a for a, b in zip(found["real"], found[ratio])]
-                gains.setdefault((arch, ratio), []).append(statistics.mean(gain))
-                rows.append([folder, arch, f"{ratio} %", spread(found["real"], 1), spread(found[ratio], 1),
-                             spread(gain, 1)])
-    for (arch, ratio), means in gains.items():
-        rows.append(["mean of runs", arch, f"{ratio} %", "", "", spread([statistics.mean(means)], 1)])
-    print_table({"caption": "mIoU over the defect classes in %; the difference is paired by seed",
-                 "head": ["run", "network", "generated", "real", "real + generated", "difference"],
-                 "rows": rows})
-
-
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main)                              # segment.py's own command, which now knows the network

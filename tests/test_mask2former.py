@@ -1,14 +1,11 @@
-"""Claims about experiments/mask2former.py: the parts against loops and brute force, and the table."""
+"""Claims about experiments/mask2former.py: the parts against loops and brute force."""
 import itertools
-import json
-import shutil
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-import sample
 import segment
 from experiments import mask2former
 from segment import IGNORE, build, fit, predict
@@ -128,20 +125,3 @@ def test_perfect_queries_cost_nothing_and_swapped_classes_do(monkeypatch):
     assert net.loss(x, target).item() < 1e-3
     target[0] = torch.where(target[0] == 1, 2, torch.where(target[0] == 2, 1, target[0]))
     assert net.loss(x, target).item() > 5
-
-
-def test_the_table_pairs_seeds_and_keeps_finished_cells(trained, tmp_path, monkeypatch, capsys):
-    run = shutil.copytree(trained, tmp_path / "run")
-    sample.draw_pairs(sample.parse_args(["--run", str(run), "--count", "10", "--num-steps", "2"]))
-    flags = ["mask2former", "--run", str(run), "--arch", "segformer", "--seeds", "2", "--steps", "1",
-             "--ratios", "20", "50", "--out", str(tmp_path / "table.json")]
-    monkeypatch.setattr("sys.argv", flags)
-    mask2former.main()
-    first, cells = capsys.readouterr().out, json.loads((tmp_path / "table.json").read_text())
-    assert len(cells) == 2 * 3 and first.count("50 %") == 2 and "mean of runs" in first
-    monkeypatch.setattr(mask2former, "score", None)                 # nothing is computed again
-    mask2former.main()
-    assert capsys.readouterr().out.endswith(first[first.index("mIoU over"):])
-    shutil.copy(run / "samples/image/generated/000000.png", run / "samples/image/generated/000001.png")
-    with pytest.raises(TypeError):                                  # other pairs: other cells
-        mask2former.main()

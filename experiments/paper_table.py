@@ -1,0 +1,238 @@
+"""The paper's table: do pairs help segmenters, and more than what costs nothing?
+
+    python -m experiments.paper_table --run runs/demo
+    python -m experiments.paper_table --run runs/steel --photos FOLDER --split few_shot --size 96 96
+
+Segmenters are trained on the run's photos and as many pairs again of one pool, and scored on the test photos:
+
+    real          the photos alone, augmented as in every pool (segment.random_view)
+    more real     other photos of --more, the upper bound
+    pasted        defects copied from the photos, pasted anywhere on the product with a feathered border
+    pasted where  likewise, where training defects of the class lie
+    foreign       a texture of the photos, enlarged, in blots of Perlin noise (any defect: one class)
+    large         plans of the large stage, enlarged
+    two-stage     what sample.py draws
+    painted       what sample.py --photos paints
+    half          two-stage and pasted, half of each
+
+Optimiser steps, batches, backbone and views are the same in all. Pools are data sets in RUN/pools, cells are
+kept in --out: an interrupted command is run again and goes on.
+"""
+import argparse
+import math
+import statistics
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import sample
+from datasets import (has_bf16, open_dataset, pair_paths, pick_device, run_main, write_classes, write_json,
+                      write_pair)
+from defect_gen import DefectGen
+from diffusion import rng
+from evaluate import fingerprint, print_table, spread
+from experiments import mask2former                                         # adds itself to segment.ARCHS
+from experiments.paint import paste
+from inspect_rules import read_json
+from segment import ARCHS, build, confusion_matrix, draw_table, fit, load_backbone, miou, mix, predict
+
+POOLS = ("real", "more real", "pasted", "pasted where", "foreign", "large", "two-stage", "painted", "half")
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # by N, two-sided
+
+
+def blots(size, generator):
+    """bool (H, W): Perlin-like noise, smooth at four scales, above a threshold that leaves 2 to 15 %."""
+    noise = torch.zeros(1, 1, *size)
+    for cells in (2, 4, 8, 16):
+        octave = torch.randn(1, 1, cells, cells, generator=generator)
+        noise += F.interpolate(octave, size, mode="bicubic") / cells
+    share = 0.02 + 0.13 * torch.rand((), generator=generator).item()
+    return noise[0, 0] > noise.flatten().quantile(1 - share)
+
+
+def foreign(photo, texture, room, generator):
+    """(image, mask): blots of another photo's texture, enlarged by 3, half transparent (as DRAEM, 2021)."""
+    height, width = size = photo.shape[1:]
+    mask = blots(size, generator) & room
+    large = F.interpolate(texture[None, :, :height // 3, :width // 3].float(), size, mode="bilinear")[0]
+    opacity = 0.3 + 0.7 * torch.rand((), generator=generator)
+    image = torch.where(mask, (1 - opacity) * photo + opacity * large, photo.float())
+    return image.round().byte(), mask
+
+
+def pasted_pair(painter, name, seed):
+    """One pair of the pools that need no generator, or None where 50 places have no room."""
+    wishes, size = painter.wishes, painter.generator.size
+    classes = list(wishes.shapes)
+    k, random = classes[seed % len(classes)], rng(seed, sample.PLACE)
+    _, photo, old = painter.read(int(torch.randint(1 << 20, (), generator=random)), 0, size)
+    room = wishes.room & (old == 0)
+    images = wishes.train[0][(wishes.train[1] == k).flatten(1).any(1)]
+    donor = int(torch.randint(len(images), (), generator=random))
+    if name == "foreign":
+        image, mask = foreign(photo, images[donor], room, random)
+        return image, old + mask.byte()                                     # some class: all are merged
+    shapes = wishes.shapes[k]
+    centres = room & shapes.any(0) if name == "pasted where" else room
+    found = paste(photo, images[donor], shapes[donor], centres, room, random)
+    return found and (found[0], old + found[1].byte() * k)
+
+
+def make_pool(args, run, name, count, block):
+    """The folder of a pool with `count` pairs, made where it is missing; block: sampling seeds of its own."""
+    out, first = Path(run) / "pools" / f"{name.replace(' ', '_')}_{block}", block * 10_000
+    count *= 2 if name == "painted" else 1                                  # not every photo has room
+    seeds = ["--run", run, "--seeds", f"{first}-{first + count - 1}", "--out", str(out)]
+    photos = ["--photos", args.photos, *(["--split", args.split] if args.split else [])]
+    if name in ("large", "two-stage"):
+        sample.draw_pairs(sample.parse_args([*seeds, *(["--switch-t", "0"] if name == "large" else [])]))
+    elif name == "painted":
+        sample.paint_pairs(sample.parse_args([*seeds, *photos]))
+    else:
+        painter = sample.Painter(sample.parse_args([*seeds, *photos]), DefectGen.load(run))
+        write_classes(out, painter.generator.classes)
+        for seed in range(first, first + count):
+            if not pair_paths(out, f"{seed:06d}", name)[1].exists():
+                tries = (pasted_pair(painter, name, seed + sample.RETRY * n) for n in range(sample.TRIES))
+                pair = next(filter(None, tries), None)
+                if pair:
+                    write_pair(out, f"{seed:06d}", *pair, name)
+    return out
+
+
+class Bench:
+    """One run's photos, test photos and pools at the segmenter's size."""
+
+    def __init__(self, args, run):
+        self.args, self.run, self.config, self.device = args, run, DefectGen.load(run).config, pick_device()
+        self.classes, self.size = self.config["classes"], tuple(args.size or self.config["size"])
+        self.train, self.test = self.open(self.config["split"]), self.open("test")
+        self.real, self.scored, self.made = self.train.tensors(), self.test.tensors(), {}
+
+    def open(self, split):
+        return open_dataset(self.config["data"], self.size, split, self.config.get("object"))
+
+    def pairs(self, name, block):
+        """(images, masks) of a pool."""
+        if (name, block) not in self.made:
+            count = math.ceil(max(self.args.ratios) * len(self.real[0]))
+            if name == "more real":
+                other = self.open(self.args.more)
+                mine = {sample.name for sample in self.train.samples}
+                free = [i for i in other.defective() if other.samples[i].name not in mine]
+                order = torch.randperm(len(free), generator=rng(block)).tolist()
+                self.made[name, block] = other.subset([free[i] for i in order[:count]]).tensors()
+            elif name == "half":
+                halves = [tuple(part[:count // 2] for part in self.pairs(each, block))
+                          for each in ("two-stage", "pasted")]
+                self.made[name, block] = tuple(map(torch.cat, zip(*halves)))
+            else:
+                folder = make_pool(self.args, self.run, name, count, block)
+                self.made[name, block] = open_dataset(folder, self.size).tensors()
+        return self.made[name, block]
+
+    def score(self, arch, name, ratio, block, seed):
+        """{"any", "iou", "miou"} in % of one segmenter: `any` merges the classes, foreign knows no others."""
+        images, masks, table = *self.real, draw_table(self.real[1])
+        if name != "real":
+            extra = self.pairs(name, block)
+            images, masks, table = mix(self.real, extra, min(ratio, len(extra[0]) / len(self.real[0])), block)
+        merged, truth = name == "foreign", self.scored[1]
+        if merged:
+            masks, truth = (masks > 0).byte(), (truth > 0).byte()
+        num_classes = 2 if merged else len(self.classes)
+        net = build(arch, num_classes, seed)
+        if self.args.backbone_weights:
+            load_backbone(net, self.args.backbone_weights)
+        bf16 = has_bf16(self.device)
+        fit(net.to(self.device), images, masks, self.args.steps, seed=seed, bf16=bf16, table=table)
+        seen = predict(net, self.scored[0], bf16=bf16)
+        of_any = miou(confusion_matrix((seen > 0).byte(), (truth > 0).byte(), 2))
+        each = miou(confusion_matrix(seen, truth, num_classes))
+        return {"any": 100 * of_any["miou"], "iou": [100 * value for value in each["iou"]],
+                **({} if merged else {"miou": 100 * each["miou"]})}
+
+
+def difference(found, base, measure):
+    """(mean, half of its 95 % interval) of measure's gain over `base`, paired by the segmenter's seed.
+
+    found: {(block, seed): score}; base: {(0, seed): score}. Blocks of one seed are averaged first: N is the
+    number of seeds.
+    """
+    seeds = sorted({seed for _, seed in found})
+    gains = [statistics.mean(found[b, s].get(measure, math.nan) for b, s in found if s == seed)
+             - base[0, seed][measure] for seed in seeds]
+    deviation = torch.tensor(gains, dtype=torch.float64).std().item() if len(gains) > 1 else math.nan
+    return statistics.mean(gains), T_95.get(len(gains), math.nan) * deviation / math.sqrt(len(gains))
+
+
+def rows_of(bench, arch, found):
+    """Rows of the table: {(pool, ratio): {(block, seed): score}}."""
+    base, rows = found["real", 0], []
+    for (name, ratio), cells in found.items():
+        row = [bench.run, arch, name, f"{ratio:g}"]
+        for measure in ("miou", "any"):
+            gain, half = difference(cells, base, measure)
+            known = name != "real" and not math.isnan(gain)                 # foreign has no classes
+            row += [spread([cell.get(measure, math.nan) for cell in cells.values()], 1),
+                    f"{gain:+.1f} ± {half:.1f}" if known else "–"]
+        rows.append(row)
+    return rows
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="The paper's table: networks x data sets x pools of pairs.")
+    add = parser.add_argument
+    add("--run", action="append", help="run with both stages; repeatable (default: runs/demo)")
+    add("--photos", default="drawn:pill", help="to paint and paste into, see sample.py (default: "
+        "%(default)s)")
+    add("--split", help="of --photos (default: all)")
+    add("--more", default="train", help="split of the run's data that holds more photos (default: "
+        "%(default)s)")
+    add("--arch", nargs="+", default=list(ARCHS), help="networks (default: all three)")
+    add("--pools", nargs="+", default=list(POOLS), choices=POOLS, help="default: all")
+    add("--ratios", type=float, nargs="+", default=[1.0], help="pairs for each real photo (default: 1)")
+    add("--size", type=int, nargs=2, metavar=("H", "W"), help="of the segmenters (default: the run's)")
+    add("--steps", type=int, default=500, help="optimiser steps of each (default: %(default)s)")
+    add("--seeds", type=int, default=3, help="segmenters of each kind (default: %(default)s)")
+    add("--blocks", type=int, default=2, help="of sampling seeds for each pool (default: %(default)s)")
+    add("--backbone-weights", metavar="FILE", help="see segment.py (default: random)")
+    add("--out", type=Path, default=Path("runs/paper_table.json"), help="default: %(default)s")
+    add("--quick", action="store_true", help="two steps, one seed; its numbers mean nothing, none is kept")
+    args = parser.parse_args()
+    args.run = args.run or ["runs/demo"]
+    if args.quick:
+        args.steps, args.seeds, args.blocks, args.ratios = 2, 1, 1, [0.1]
+    return args
+
+
+def main():
+    args = parse_args()
+    cells, rows = read_json(args.out) if args.out.exists() and not args.quick else {}, []
+    for run in args.run:
+        bench = Bench(args, run)
+        for arch in args.arch:
+            found = {}
+            wanted = [(name, ratio) for name in args.pools
+                      for ratio in ([0] if name == "real" else args.ratios)]
+            for (name, ratio), seed in ((pool, seed) for seed in range(args.seeds) for pool in wanted):
+                for block in range(1 if name == "real" else args.blocks):
+                    pixels = fingerprint(*bench.real, *bench.scored, *(() if name == "real" else
+                                                                       bench.pairs(name, block)))
+                    key = f"{run}|{arch}|{name}|{ratio:g}|{block}|{seed}|{args.steps}|{pixels}"
+                    if key not in cells:
+                        cells[key] = bench.score(arch, name, ratio, block, seed)
+                        if not args.quick:
+                            write_json(args.out, cells)
+                        print(f"{run}, {arch}, {name} {ratio:g}, block {block}, seed {seed}: any defect "
+                              f"{cells[key]['any']:.1f} %", flush=True)
+                    found.setdefault((name, ratio), {})[block, seed] = cells[key]
+            rows += rows_of(bench, arch, found)
+    print_table({"caption": f"IoU in % after {args.steps} steps; gains paired by seed, ± a 95 % interval",
+                 "head": ["run", "network", "+ pool", "ratio", "mIoU", "gain", "any defect", "gain"],
+                 "rows": rows})
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,66 @@
+"""Claims about experiments/paper_table.py: the pools, what is paired with what, what is kept."""
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+import sample
+from datasets import open_dataset
+from defect_gen import DefectGen
+from diffusion import rng
+from experiments import paper_table
+
+
+def test_gains_are_paired_by_seed_and_blocks_are_averaged_first():
+    base = {(0, seed): {"any": value} for seed, value in enumerate((10, 20, 30))}
+    found = {(block, seed): {"any": base[0, seed]["any"] + gain + 2 * block}
+             for seed, gain in enumerate((1, 2, 3)) for block in (0, 1)}
+    mean, half = paper_table.difference(found, base, "any")
+    assert mean == pytest.approx(3) and half == pytest.approx(4.30 * 1 / math.sqrt(3))
+    assert math.isnan(paper_table.difference({(0, 0): {"any": 5}}, base, "any")[1])
+
+
+def test_blots_cover_two_to_fifteen_percent_and_foreign_changes_nothing_beside_them():
+    photo, room = torch.full((3, 64, 64), 90, dtype=torch.uint8), torch.ones(64, 64, dtype=torch.bool)
+    for seed in range(5):
+        image, mask = paper_table.foreign(photo, photo // 2, room, rng(seed))
+        assert 0.015 < mask.float().mean() < 0.16
+        assert (image[:, ~mask] == 90).all() and (image[:, mask] < 90).all()
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def test_pasted_pairs_take_the_classes_in_turn_and_leave_the_photo_as_it_is_beside_them(run, data):
+    args = sample.parse_args(["--run", str(run), "--photos", str(data)])
+    painter = sample.Painter(args, DefectGen.load(run))
+    for name in ("pasted", "pasted where"):
+        found = set()
+        for seed in range(12):
+            pair = paper_table.pasted_pair(painter, name, seed)
+            if pair:
+                found |= set(pair[1].unique().tolist()) - {0}
+        assert found == set(painter.wishes.shapes)
+
+
+def test_the_table_keeps_finished_cells_of_the_same_pixels(run, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "NUM_STEPS", 2)
+    flags = ["paper_table", "--run", str(run), "--photos", str(data), "--arch", "segformer", "--seeds", "2",
+             "--steps", "1", "--blocks", "1", "--pools", "real", "two-stage", "foreign",
+             "--out", str(tmp_path / "t.json")]
+    monkeypatch.setattr("sys.argv", flags)
+    paper_table.main()
+    first, cells = capsys.readouterr().out, json.loads((tmp_path / "t.json").read_text())
+    assert len(cells) == 2 * 3 and first.count("±") == 9          # foreign has no mIoU of classes
+    pairs = open_dataset(run / "pools" / "two-stage_0")
+    assert len(pairs) == len(open_dataset(str(data), split="train"))
+    monkeypatch.setattr(paper_table.Bench, "score", None)           # nothing is computed again
+    paper_table.main()
+    assert first[first.index("IoU in"):] in capsys.readouterr().out
+    shutil.copy(pairs.samples[0].image, pairs.samples[1].image)
+    with pytest.raises(TypeError):                                  # other pairs: other cells
+        paper_table.main()
