@@ -37,7 +37,7 @@ from unet import LARGE, SMALL, UNet, check_size, count_parameters, field_in_word
 
 TINY = dict(size=(64, 64), crop=None, steps=1800, batch_size=4, lr=1e-3, weight_decay=0.0, ema=0.998,
             warmup=50, save_every=500, target="v", weighting="min-snr", soft_masks=False, t_range="own")
-LAPTOP = dict(TINY, steps=8000, ema=0.999, save_every=2000)
+LAPTOP = dict(TINY, steps=4000, ema=0.999, save_every=2000)
 PAPER = dict(size=(256, 256), crop=None, steps=160_000, batch_size=2, lr=1e-4, weight_decay=0.002, ema=0.9999,
              warmup=0, save_every=10_000, target="x0", weighting="uniform", soft_masks=False,
              t_range="full")
@@ -50,7 +50,7 @@ PRESETS = {
     "tiny": dict(large=dict(TINY, **PLAN, size=(32, 32), steps=2000, batch_size=8, network=WHOLE),
                  small=dict(TINY, weighting="uniform", network=PATCHES)),
     # 256x256 on two CPU cores in hours: a plan of 64x64, then crops of the photos
-    "laptop": dict(large=dict(LAPTOP, **PLAN, steps=10_000, network=WHOLE),
+    "laptop": dict(large=dict(LAPTOP, **PLAN, steps=2000, network=WHOLE),
                    small=dict(LAPTOP, weighting="uniform", size=(256, 256), crop=96,
                               network=dict(PATCHES, num_res_blocks=2))),
     # the released configuration (its yaml files)
