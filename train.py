@@ -4,7 +4,7 @@
     python train.py --stage large                       the drawn pill, minutes on two CPU cores
     python train.py --stage small
     python train.py --stage large --data FOLDER --out runs/mine --preset laptop        a plan of 64x64; then
-    python train.py --stage small --data FOLDER --out runs/mine --preset laptop        256x256: overnight
+    python train.py --stage small --data FOLDER --out runs/mine --preset laptop        256x256: an hour
     python train.py --stage large --resume --steps 20000            continue: the same flags, and more steps
     torchrun --nproc_per_node=4 train.py --stage large ...          one process per GPU; they share each batch
 
