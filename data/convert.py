@@ -1,17 +1,16 @@
 """A downloaded data set -> a folder that datasets.py reads. Imports nothing of ours.
 
     python data/convert.py VISION/Ring --out ring
-    python data/convert.py photos --out tiles --layout binary
+    python data/convert.py photos --out tiles --unlabelled good
+    python data/convert.py pairs --to coco --out pairs_coco
 
     image/<kind>/<stem>.<ext>     the photo, byte for byte: a hard link where possible, else a copy
-    mask/<kind>/<stem>_mask.png   8-bit, the value is the class, 0 the background; "good" has no masks
-    classes.json                  {"0": "background", "1": "scratch", ...}
-    split.json                    {"train": ["<kind>/<stem>", ...], "test": [...]} where there is a given one
-    captions.json                 {"<kind>/<stem>": "A pill. A crack."} where there are captions
+    mask/<kind>/<stem>_mask.png   8-bit, the value is the class, 0 the background, 255 is not scored
+    classes.json, split.json, captions.json      as docs/data.md shows them
 
-A kind is a folder whose name decides nothing; a download without kinds becomes a flat folder of <stem>.<ext>.
-Where train/ and test/ share a stem, stems begin with the folder: train_0001.
-A new format is one function of about ten lines, which returns class names and Items, and an entry in LAYOUTS.
+gather() lists the files and what their folders say. Some are Labels (masks, COCO, labelme, YOLO): pair()
+joins them to photos by name, draw() makes one mask of those of a photo. What changes a verdict and cannot be
+known is asked for. A data set with folders of its own is an entry in LAYOUTS.
 """
 import argparse
 import contextlib
@@ -22,111 +21,88 @@ import re
 import shlex
 import shutil
 import sys
+import tempfile
 import xml.etree.ElementTree as ET
 import zipfile
-from collections import namedtuple
+from collections import Counter, namedtuple
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
-GOOD = {"good", "ok", "Normal", "MT_Free"}      # folders of photos without a defect
-ORIENTATION = 0x0112                            # the EXIF tag: 1 = upright, 5 to 8 = lying on a side
-PUBLISHED = ()                                  # class names: datasets.py knows them by the folder's name
-AITEX = {"002": "broken_end", "006": "broken_yarn", "010": "broken_pick", "016": "weft_curling",
-         "019": "fuzzyball", "022": "cut_selvage", "023": "crease", "025": "warp_ball", "027": "knots",
-         "029": "contamination", "030": "nep", "036": "weft_crack"}
+KEPT = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}    # what datasets.py reads; others: PNG
+IMAGE_SUFFIXES = {end for end, name in Image.registered_extensions().items() if name in Image.OPEN}
+WORDS = {word: meaning for meaning, words in {              # what folders are called, in any case
+    "mask": "mask masks label labels gt ground_truth groundtruth annotation annotations anno seg "
+            "segmentation segmentationclass",
+    "photo": "image images img imgs photo photos jpegimages", "good": "good ok normal",
+    "train": "train training", "val": "val valid validation", "test": "test testing",
+}.items() for word in words.split()}
+PASSED_OVER = {"rgb_mask", "rbg_mask", "segmentationobject", "__macosx", "inference"}    # not labelled
+MASK_END = re.compile("(?i)([ _.-]+({})[0-9]*)+$".format("|".join(w for w in WORDS if WORDS[w] == "mask")))
+NOT_CLASSES = {"background": 0, "_background_": 0, "ignore": 255, "__ignore__": 255, "void": 255}
+GREY = 0x010101                                             # the code of a grey pixel is its value times this
+ORIENTATION = 0x0112                                        # the EXIF tag: 5 to 8 = lying on a side
 
-# One photo. read(mask) gives uint8 (H, W) of class indices; it is None for a good photo, which has no mask.
-# image or mask is None where the download lacks that partner, which stops the conversion.
-Item = namedtuple("Item", "kind stem image mask read split caption", defaults=("", ""))
+Place = namedtuple("Place", "split kind role stem")         # what a path says, see locate()
+Label = namedtuple("Label", "name place content")           # content: codes() of a picture, or (H, W), parts
+Item = namedtuple("Item", "photo splits kind stem labels")  # a photo and the Labels that are its mask
+# The flags, which main() describes; binary: masks are black and white; published: datasets.py knows classes.
+Ask = namedtuple("Ask", "classes colours inverted unlabelled to binary published", defaults=[None] * 7)
+SAID = Counter()                                            # what was done to how many photos
 
 
-# --- reading files ---
+class Wrong(ValueError):
+    """A sentence for the user: the file, what is wrong, what helps."""
+
 
 @contextlib.contextmanager
-def opened(path):
-    """A PIL image. Raises ValueError naming the file, also for what goes wrong while pixels are read."""
+def naming(path, advice):
+    """Whatever goes wrong within becomes a Wrong about the file: Pillow alone raises a dozen types."""
     try:
-        with Image.open(path) as picture:
-            yield picture
-    except Exception as error:      # Pillow raises OSError, SyntaxError and more, by the format
-        raise ValueError(f"{path}: cannot be read as an image ({error}); replace it") from None
+        yield
+    except Exception as error:
+        if isinstance(error, Wrong):
+            raise
+        raise Wrong(f"{path}: cannot be read ({type(error).__name__}: {error}); {advice}") from None
 
 
-def read_indices(path):
-    """A mask file that holds class indices: uint8 (H, W)."""
-    with opened(path) as picture:
-        mask = np.array(picture)
-    if mask.ndim != 2 or mask.max() > 64:
-        raise ValueError(f"{path}: is no mask of class indices but a picture in colour or of 0 and 255")
-    return mask.astype(np.uint8)
+def demand(root, lacking, what, advice):
+    """Raise Wrong with the first of a list that should be empty."""
+    if lacking:
+        more = f" and {len(lacking) - 8} more" if len(lacking) > 8 else ""
+        raise Wrong(f"{root}: {len(lacking)} {what}: {', '.join(map(str, lacking[:8]))}{more}; {advice}")
 
 
-def read_binary(path, value=1):
-    """A black and white mask as uint8 (H, W) of 0 and `value`; grey edges are cut at 128."""
-    with opened(path) as picture:
-        grey = np.asarray(picture.convert("RGB")).max(-1)
-    if 0 < grey.max() < 16:         # grey edges alone are brighter than that
-        raise ValueError(f"{path}: has the values 0 to {grey.max()}, not 0 and 255; are they class indices?")
-    return np.where(grey >= 128, value, 0).astype(np.uint8)
+def read_text(path):
+    with naming(path, "save it anew as UTF-8"):
+        return path.read_text("utf-8-sig")                  # with or without a byte order mark
 
 
-def fill_polygon(mask, points, value):
-    """Set the pixels of mask (H, W) whose centres lie inside the polygon [x, y, x, y, ...], even-odd rule.
-
-    PIL's polygon also sets every pixel that the outline touches: areas become 5 % too large.
-    """
-    try:
-        x, y = np.asarray(points, np.float64).reshape(-1, 2).T
-        assert len(x) and np.isfinite(x).all() and np.isfinite(y).all()
-    except (ValueError, TypeError, OverflowError, AssertionError):      # from JSON: anything
-        raise ValueError(f"{str(points)[:60]} is not a polygon [x, y, x, y, ...]") from None
-    x_next, y_next = np.roll(x, -1), np.roll(y, -1)
-    for row in range(max(0, math.floor(y.min())), min(len(mask), math.ceil(y.max()))):
-        cut = (y <= row + 0.5) != (y_next <= row + 0.5)
-        at = np.sort(x[cut] + (row + 0.5 - y[cut]) * (x_next - x)[cut] / (y_next - y)[cut])
-        for left, right in np.ceil(at - 0.5).clip(0).astype(int).reshape(-1, 2):
-            mask[row, left:right] = value
+def read_json(path):
+    """What a .json holds; an empty table where there is none."""
+    with naming(path, "export it again"):
+        return json.loads(read_text(path)) if path.exists() else {}
 
 
-def fill_annotations(image, shape, annotations):
-    """COCO's [(class, segmentation), ...] of an image as uint8 (H, W); the later one lies on top."""
-    mask = np.zeros(shape, np.uint8)
-    try:
-        for value, segmentation in annotations:
-            if isinstance(segmentation, dict) and isinstance(segmentation["counts"], list):
-                counts = segmentation["counts"]     # lengths of runs of 0, 1, 0, ... down the columns
-                mask[np.repeat(np.arange(len(counts)) % 2, counts).reshape(shape[::-1]).T > 0] = value
-            elif isinstance(segmentation, list) and segmentation:
-                for points in segmentation:
-                    fill_polygon(mask, points, value)
-            else:
-                raise ValueError("an annotation is a box alone, or compressed run lengths")
-    except ValueError as error:
-        raise ValueError(f"{image}: {error}; export polygons from the labelling tool") from None
-    return mask
+def read_classes(root):
+    """The names of a classes.json from value 1 on, [] where there is none."""
+    table = read_json(root / "classes.json")
+    with naming(root / "classes.json", 'write {"0": "background", "1": "crack", ...}'):
+        names = table if isinstance(table, list) else [table[str(number)] for number in range(len(table))]
+        return [name.strip() for name in names[1:]]
 
 
-def upright(mask, image):
-    """The mask (H, W) for the photo as datasets.py shows it, turned upright by its EXIF tag.
-
-    A mask that has the shape of the stored pixels is turned with them, one that fits the upright photo stays.
-    If both shapes are the same it stays, for labelling tools show photos upright. COCO polygons are drawn at
-    the width and height that their table gives, so the same rule holds for them.
-    """
-    with opened(image) as picture:
-        turn, stored = picture.getexif().get(ORIENTATION, 1), picture.size[::-1]
-    if mask.shape == (stored[::-1] if turn >= 5 else stored):
-        return mask
-    if mask.shape != stored:
-        sizes = "{}x{}, its mask {}x{}".format(*stored, *mask.shape)
-        raise ValueError(f"{image}: the photo is {sizes}; bring them to one size")
-    lying = Image.fromarray(mask)
-    lying.getexif()[ORIENTATION] = turn
-    return np.array(ImageOps.exif_transpose(lying))
+def read_splits(root):
+    """{"<kind>/<stem>": [split, ...]} of a split.json or of VOC's lists; {} where there is none."""
+    splits, voc = {}, root.glob("ImageSets/Segmentation/*.txt")
+    lists = read_json(root / "split.json") or {p.stem: read_text(p).split() for p in voc if p.stem in WORDS}
+    with naming(root / "split.json", 'write {"train": ["<kind>/<stem>", ...]}'):
+        for split, names in lists.items():
+            for name in (name.replace("\\", "/") for name in names):    # as Windows has it: crack\000.PNG
+                splits.setdefault(os.path.splitext(name)[0] if is_picture(name) else name, []).append(split)
+    return splits
 
 
 def read_captions(path):
@@ -135,309 +111,532 @@ def read_captions(path):
     Its paths say pill/crack/000.png, or wood/hole/03643_00111_022.png for wood/hole/022.
     """
     space, captions = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}", {}
-    try:
-        with zipfile.ZipFile(path) as book:
-            strings = ET.fromstring(book.read("xl/sharedStrings.xml")).iter(space + "si")
-            rows = ET.fromstring(book.read("xl/worksheets/sheet1.xml")).iter(space + "row")
+    with naming(path, "replace it"), zipfile.ZipFile(path) as book:
+        strings = ET.fromstring(book.read("xl/sharedStrings.xml")).iter(space + "si")
         strings = ["".join(part.text or "" for part in string.iter(space + "t")) for string in strings]
-        for row in rows:
+        for row in ET.fromstring(book.read("xl/worksheets/sheet1.xml")).iter(space + "row"):
             name, *texts = [strings[int(v.text)] for v in row.iter(space + "v")]
-            name = re.sub(r"/([^/]*_)?(\d+)\.png$", r"/\2", name)
-            captions[name] = " ".join(text.strip() for text in texts)
-    except Exception as error:      # zipfile and the parser raise many types for a damaged file
-        raise ValueError(f"{path}: cannot be read as a table of captions ({error!r}); replace it") from None
+            captions[re.sub(r"/([^/]*_)?(\d+)\.png$", r"/\2", name)] = " ".join(map(str.strip, texts))
     return captions
 
 
-# --- listing folders ---
+# --- labels that are shapes: (H, W), [(class, polygons or run lengths)] of each photo ---
 
-def files(folder, suffixes=IMAGE_SUFFIXES):
-    """{stem: path} of the images directly in a folder, sorted; none for a missing folder."""
-    found = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.suffix.lower() in suffixes and path.name[0] != ".":
-            if path.stem in found:
-                raise ValueError(f"{path}: has the stem of {found[path.stem].name}; rename one of them")
-            found[path.stem] = path
-    return found
+def read_names(root):
+    """{number: class} of YOLO's data.yaml, whose `names:` is a list or a table in any of YAML's forms."""
+    text = "\n".join(read_text(path) for path in sorted(root.glob("*.y*ml")))
+    block = re.search(r"(?m)^names[ \t]*:(.*(?:\n(?:[ \t\-\]}#].*)?$)*)", text)
+    entry = r"""(?:(\d+)[ \t]*:[ \t]+|-[ \t]+)?("[^"]*"|'[^']*'|[^\s,\[\]{}"'][^,\n\[\]{}]*)"""
+    found = re.findall(entry, re.sub(r"(?m)(^|\s)#.*$", "", block[1])) if block else []
+    return {int(number or at): name.strip().strip("'\"") for at, (number, name) in enumerate(found)}
 
 
-def folders(folder):
-    """The folders in a folder, sorted; none for a missing folder."""
-    return sorted(p for p in folder.glob("*") if p.is_dir() and p.name[0] != ".")
+def read_parts(path, names):
+    """A file of labelme, or YOLO's lines 'class x y x y ...': no (H, W), from 0 to 1 of the upright photo."""
+    if path.suffix == ".txt":
+        lines = [line.split() for line in read_text(path).split("\n") if line.strip()]
+        if any(len(line) == 5 or max(map(float, line[1:])) > 2 for line in lines):
+            raise ValueError("a line is a box alone, or not from 0 to 1")
+        return None, [(names[int(number)], [np.array(points, float)]) for number, *points in lines]
+    table, parts = read_json(path), []
+    for shape in table["shapes"]:
+        kind, points = shape.get("shape_type") or "polygon", shape["points"]
+        if kind == "rectangle":
+            (left, top), (right, bottom) = points
+            points = [left, top, right, top, right, bottom, left, bottom]
+        elif kind != "polygon":
+            raise ValueError(f"a shape of the type '{kind}' has no area")
+        parts.append((shape["label"].strip(), [points]))
+    return (table["imageHeight"], table["imageWidth"]), parts
 
 
-def pair(images, masks, read, kind="", split=""):
-    """Items of images and masks {stem: path} that have the same stem. read: path of a mask -> array."""
-    return [Item(kind, stem, images.get(stem), masks.get(stem), read, split) for stem in {**images, **masks}]
-
-
-def good(images, split=""):
-    """Items of photos {stem: path} without a defect."""
-    return pair(images, {}, None, "good", split)
-
-
-def pair_kinds(images, masks, read):
-    """pair() for two folders and their sub-folders, the kinds; masks are <stem>.png or <stem>_mask.png."""
-    items = []
-    for kind in ["", *sorted({folder.name for folder in folders(images) + folders(masks)})]:
-        if kind in GOOD:
-            items += good(files(images / kind))
-        else:
-            found = {stem.removesuffix("_mask"): path for stem, path in files(masks / kind).items()}
-            items += pair(files(images / kind), found, read, kind)
-    return items
-
-
-# --- layouts: folder -> class names from value 1 on (None: the masks hold indices without names), Items ---
-
-def read_coco(path):
-    """A COCO table -> {class: id}, {classes above others}, [(file name, (H, W), [(class, segmentation)])]."""
-    try:
-        table, shapes = json.loads(path.read_text("utf-8")), {}
-        names = {c["id"]: str(c["name"]) for c in table["categories"]}
-        above = {c.get("supercategory") for c in table["categories"] if c.get("supercategory") != c["name"]}
-        for a in table["annotations"]:
-            shapes.setdefault(a["image_id"], []).append((names[a["category_id"]], a["segmentation"]))
-        images = [(Path(i["file_name"]).name, (i["height"], i["width"]), shapes.get(i["id"], []))
-                  for i in table["images"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: is no COCO table ({error!r}); export it again") from None
-    return {name: number for number, name in names.items()}, above, images
-
-
-def coco(root):
-    """Classes are numbered 1..K in the order of their ids, wherever these begin.
+def read_coco(table):
+    """{class: id} and [(file name, ((H, W), parts))] of a COCO table.
 
     Roboflow lists the project as a class above the others, which no annotation has: that one is left out.
     """
-    ids, above, tables, items = {}, set(), {}, []
-    for path in sorted(root.glob("*/_annotations.coco.json")):
-        more_ids, more_above, tables[path.parent] = read_coco(path)
-        ids, above = {**ids, **more_ids}, above | more_above
-    used = {name for images in tables.values() for *_, shapes in images for name, _ in shapes}
-    names = sorted(used | (set(ids) - above), key=ids.get)
-    for folder, images in tables.items():
-        there = {path.name: path for path in files(folder).values()}
-        split = {"valid": "val"}.get(folder.name, folder.name)
-        for name, shape, shapes in images:
-            path = there.pop(name, None)
-            mask = [(names.index(c) + 1, points) for c, points in shapes] if path else folder / name
-            items.append(Item("", Path(name).stem, path, mask, partial(fill_annotations, path, shape), split))
-        items += pair({path.stem: path for path in there.values()}, {}, fill_annotations)
-    return names, items
+    names, parts = {c["id"]: str(c["name"]) for c in table["categories"]}, {}
+    for shape in table["annotations"]:
+        parts.setdefault(shape["image_id"], []).append((names[shape["category_id"]], shape["segmentation"]))
+    above = {c.get("supercategory") for c in table["categories"] if c.get("supercategory") != c["name"]}
+    above -= {name for shapes in parts.values() for name, _ in shapes}
+    return {name: number for number, name in names.items() if name not in above}, [
+        (i["file_name"].replace("\\", "/"), ((i["height"], i["width"]), parts.get(i["id"], [])))
+        for i in table["images"]]
 
 
-def dagm2007(root):
-    """Train/, Test/: a photo with a label has a defect, the others are good."""
-    items = []
-    for part in ("Train", "Test"):
-        images, labels = files(root / part), files(root / part / "Label")
-        masks = {stem.removesuffix("_label"): path for stem, path in labels.items()}
-        marked = {stem: images.pop(stem) for stem in masks if stem in images}
-        items += pair(marked, masks, read_binary, "defect", part.lower()) + good(images, part.lower())
-    return ["defect"], items
+def read_shapes(root, places):
+    """Class names, in the order of their ids, and Labels of the files {name: Place} that hold shapes."""
+    numbered, labels = read_names(root), []
+    if not numbered and any(name.endswith(".txt") for name in places):
+        raise Wrong(f"{root}: has no data.yaml with the names of classes; write one: names: [crack, dirt]")
+    ids = {name: number for number, name in numbered.items()}
+    for file, place in places.items():
+        with naming(root / file, "export polygons from the labelling tool"):
+            table = read_json(root / file) if file.endswith(".json") else {}
+            if "categories" not in table:
+                labels.append(Label(file, place, read_parts(root / file, numbered)))
+                ids = {**dict.fromkeys((name for name, _ in labels[-1].content[1]), 0), **ids}
+                continue
+            more, images = read_coco(table)
+            split = locate("/".join([*re.split("[^a-z]+", place.stem.lower()), ""])).split
+            for name, content in images:
+                where = locate(f"{os.path.dirname(file)}/{name}")
+                labels.append(Label(f"{file}: {name}", where._replace(split=split or where.split), content))
+            ids = {**more, **ids}
+    return class_names(sorted(ids, key=lambda name: (ids[name], name))), labels
 
 
-def kolektor2(root):
-    """train/, test/: every photo has a mask beside it, a black one when it is good."""
-    items = []
-    for part in ("train", "test"):
-        images = files(root / part)
-        masks = {stem.removesuffix("_GT"): images.pop(stem) for stem in [*images] if stem.endswith("_GT")}
-        items += pair(images, masks, read_binary, split=part)
-    return ["defect"], items
+def class_names(names):
+    """The names that are classes, each once, in their order."""
+    return [name for name in dict.fromkeys(names) if name.lower() not in NOT_CLASSES]
 
 
-def visa(root):
-    """Masks hold class indices, whose names are not in the download."""
-    images, masks = root / "Data" / "Images", root / "Data" / "Masks"
-    items = pair(files(images / "Anomaly"), files(masks / "Anomaly"), read_indices, "anomaly")
-    return None, items + good(files(images / "Normal"))
+def value_of(name, names):
+    return names.index(name) + 1 if name in names else NOT_CLASSES[name.lower()]
 
 
-def magnetic_tile(root):
-    """The folder is the class; photos are .jpg, their masks .png beside them. Some of MT_Uneven are empty."""
-    kinds, items = sorted(path.parent for path in root.glob("MT_*/Imgs") if path.parent.name != "MT_Free"), []
-    for value, kind in enumerate(kinds, 1):
-        images, masks = files(kind / "Imgs", {".jpg"}), files(kind / "Imgs", {".png"})
-        items += pair(images, masks, partial(read_binary, value=value), kind.name[3:].lower())
-    items += good(files(root / "MT_Free" / "Imgs", {".jpg"}))
-    return [kind.name[3:].lower() for kind in kinds], items
+def fill_polygon(mask, points, value):
+    """Set the pixels of mask (H, W) whose centres lie inside the polygon [x, y, x, y, ...], even-odd rule.
+
+    PIL's polygon also sets every pixel that the outline touches: areas become 5 % too large.
+    """
+    x, y = np.asarray(points, float).reshape(-1, 2).T
+    x_next, y_next = np.roll(x, -1), np.roll(y, -1)
+    for row in range(max(0, math.floor(y.min())), min(len(mask), math.ceil(y.max()))):
+        cut = (y <= row + 0.5) != (y_next <= row + 0.5)
+        at = np.sort(x[cut] + (row + 0.5 - y[cut]) * (x_next - x)[cut] / (y_next - y)[cut])
+        for left, right in np.ceil(at - 0.5).clip(0).astype(int).reshape(-1, 2):
+            mask[row, left:right] = value
 
 
-def read_aitex(path, value):
-    """Two defects have two masks, _mask1 and _mask2."""
-    second = path.with_name(path.name.replace("_mask1", "_mask2"))
-    return np.maximum(read_binary(path, value), read_binary(second, value))
+def decode_counts(text):
+    """COCO's compressed run lengths: 5 bits a character, low ones first, from the third on as differences."""
+    counts, value, shift = [], 0, 0
+    for byte in (ord(character) - 48 for character in text):
+        value, shift = value | (byte & 31) << shift, shift + 5
+        if not byte & 32:                           # the last character of a number; bit 16 is its sign
+            value -= (byte & 16) << shift - 4
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    return counts
 
 
-def aitex(root):
-    """<number>_<code>_<fabric>.png: the code is the class. 0100_025_08 is published without a mask."""
-    images, masks, items = files(root / "Defect_images"), files(root / "Mask_images"), []
-    images.pop("0100_025_08", None)
-    masks = {re.sub("_mask1?$", "", stem): masks[stem] for stem in masks if not stem.endswith("_mask2")}
-    codes = sorted({stem[5:8] for stem in [*images, *masks]})
-    for value, code in enumerate(codes, 1):
-        mine = [{stem: paths[stem] for stem in paths if stem[5:8] == code} for paths in (images, masks)]
-        items += pair(*mine, partial(read_aitex, value=value), AITEX.get(code, code))
-    for roll in folders(root / "NODefect_images"):
-        items += good(files(roll))
-    return [AITEX.get(code, code) for code in codes], items
+def fill_segmentation(shape, segmentation, scale=1):
+    """A COCO segmentation, polygons or run lengths, as bool (H, W). scale: (x, y), of the polygons."""
+    layer = np.zeros(shape, bool)
+    if isinstance(segmentation, dict):
+        counts = segmentation["counts"]             # lengths of runs of 0, 1, 0, ... down the columns
+        counts = np.array(decode_counts(counts) if isinstance(counts, str) else counts)
+        if tuple(segmentation.get("size", shape)) != shape or counts.sum() != layer.size or counts.min() < 0:
+            raise ValueError(f"run lengths over {counts.sum()} pixels do not fit {shape[0]}x{shape[1]}")
+        return np.repeat(np.arange(len(counts)) % 2 > 0, counts).reshape(shape[::-1]).T
+    if not segmentation:
+        raise ValueError("an annotation is a box alone")
+    for points in segmentation:
+        fill_polygon(layer, np.reshape(points, (-1, 2)) * scale, True)
+    return layer
 
 
-def synthetic(root):
-    """The generated part of Defect Spectrum; its other folder, masks/, is in unreliable colours."""
-    images, masks = files(root / "images"), files(root / "masks_converted_dir")
-    images = {stem.replace("samples_image_", ""): path for stem, path in images.items()}
-    masks = {stem.replace("samples_converted_mask_", ""): path for stem, path in masks.items()}
-    return PUBLISHED, pair(images, masks, read_indices)
+# --- labels that are pictures ---
+
+def read_codes(path, palette=False):
+    """A mask file as int (H, W), 0xRRGGBB. palette: its colours count, not its numbers."""
+    with naming(path, "replace it"), Image.open(path) as picture:
+        values, mode = np.array(picture, int), picture.mode
+        rgb = values if mode in ("L", "RGB") or mode[0] in "IF" else np.array(picture.convert("RGB"), int)
+    if rgb.ndim == 2:
+        return (rgb if (rgb % 257).any() else rgb // 257) * GREY        # 16 bit: 0 and 65535 are 0 and 255
+    codes = rgb @ [0x10000, 0x100, 1]
+    numbered = mode == "P" and not palette and (codes % GREY).any()     # a grey palette holds the values
+    return values * GREY if numbered else codes
 
 
-def ds_mvtec(root):
-    """An object of Defect Spectrum, which datasets.py reads as it is; here it gets its captions."""
-    captions = read_captions(root.parent / "captions.xlsx")
-    items = pair_kinds(root / "image", root / "mask", read_indices)
-    return PUBLISHED, [item._replace(caption=captions.get(f"{root.name}/{item.kind}/{item.stem}", ""))
-                       for item in items]
+def read_colours(path):
+    """labelmap.txt of VOC and CVAT, 'name:r,g,b::', or lines 'name r g b' -> names, {code: value}."""
+    line = re.compile(r"(?m)^[ \t]*([^#\s].*?)[\s:,;]+(\d+)[\s,;]+(\d+)[\s,;]+(\d+)\b")
+    rows = [(name, int(r) << 16 | int(g) << 8 | int(b)) for name, r, g, b in line.findall(read_text(path))]
+    names = class_names(name for name, _ in rows)
+    return names, {0: 0, 0xE0E0C0: 255, **{code: value_of(name, names) for name, code in rows}}
 
 
-def binary(root):
-    """image(s)/ and mask(s)/ with black and white masks of one class."""
-    images = root / ("image" if (root / "image").is_dir() else "images")
-    masks = root / ("mask" if (root / "mask").is_dir() else "masks")
-    return ["defect"], pair_kinds(images, masks, read_binary)
+def read_legends(root, labels, kinds, ask):
+    """Class names (None: numbers) and {name of a mask: {code: value}}: what all masks hold together decides.
+
+    kinds: {name of a mask: its folder or its photo's, which may be its class}.
+    """
+    codes, white, size, names = set(), 0, 0, read_classes(root)
+    for label in labels:
+        found = label.content()
+        codes |= {*np.unique(found).tolist()}
+        white, size = white + (found >= 128 * GREY).sum(), size + found.size
+    rgb = {code: (code >> 16, code >> 8 & 255, code & 255) for code in sorted(codes)}
+    if ask.colours:
+        names, legend = read_colours(ask.colours)
+        unknown = [rgb[code] for code in rgb if code not in legend]
+        demand(root, unknown, "colours of masks without a name", f"add lines 'name:r,g,b' to {ask.colours}")
+        return names, dict.fromkeys(kinds, legend)
+    grey = {code // GREY for code in codes if code % GREY == 0}
+    odd = [rgb[code] for code in rgb if code % GREY or code // GREY > 64 and code != 255 * GREY]
+    folders = sorted({*kinds.values()} - {"good"})
+    cut = 128 if ask.binary or 255 in grey and grey <= {0, 255} and not odd else 0
+    if grey <= {0, 1} and not odd and len(folders) > 1 and not names and not ask.published:
+        cut = 1                                             # one class, or one for each folder
+    if not cut:
+        demand(root, sorted(grey) * bool(ask.inverted), "class indices in masks", "leave --inverted away")
+        demand(root, odd, "colours of masks, neither class indices nor 0 and 255",
+               "pass --colours FILE with lines 'name:r,g,b', or --layout binary to cut greys at 128")
+        return names or None, dict.fromkeys(kinds, {code: code // GREY for code in codes})
+    if cut > 1 and not odd and grey & {*range(1, 16)}:
+        demand(root, sorted(grey), "values in masks, class indices", "leave --layout binary away")
+    if ask.inverted is None and white > size / 2:
+        raise Wrong(f"{root}: {white / size:.0%} of the masks is white; pass --inverted if white is the "
+                    "background, --no-inverted if it is the defect")
+    sure = cut > 1 and all(label.place.role == "mask" and label.place.kind for label in labels)
+    if len(folders) > 1 and not sure and not {*folders} <= {*names} and not ask.classes:
+        demand(root, folders, "folders of black and white masks",
+               "pass --classes folder if the folder is the class, --classes one if all are of one class")
+    if ask.classes == "one" or len(folders) < 2 and not sure and not ask.classes:
+        demand(root, names[1:], "more classes in classes.json than masks show", "name one")
+        names, folders = names or ["defect"], []
+    names = names or folders
+    demand(root, sorted({*folders} - {*names}), "folders of masks not in classes.json", "add them")
+    return names, {mask: {code: (max(rgb[code]) >= cut) != bool(ask.inverted) and (
+        names.index(kind) + 1 if kind in folders else 1) for code in rgb} for mask, kind in kinds.items()}
 
 
-# look: the layout in words; marks: patterns that all match in such a folder (none: only by --layout).
-Layout = namedtuple("Layout", "look marks read")
+def sizes(photo):
+    """(H, W) of a photo as it is shown and as it is stored, and its EXIF orientation."""
+    with naming(photo, "replace it"), Image.open(photo) as picture:
+        stored, turn = picture.size[::-1], picture.getexif().get(ORIENTATION, 1)
+        return stored[::-1] if turn >= 5 else stored, stored, turn
+
+
+def draw(item, names, legends):
+    """The Labels of a photo as uint8 (H, W); where classes overlap the later one counts, which is said."""
+    mask, shown = None, sizes(item.photo)[0]
+    with naming(item.photo, "export polygons, or masks of one size, for it"):
+        for label in item.labels:
+            if callable(label.content):
+                found, at = np.unique(codes := label.content(), return_inverse=True)
+                values = [legends[label.name][code] for code in found.tolist()]
+                drawn = np.array(values, np.uint8)[at].reshape(codes.shape)
+                layers = [(value, drawn == value) for value in {*values} - {0}]
+            else:
+                shape, parts = label.content
+                drawn, scale = np.zeros(shape or shown, np.uint8), 1 if shape else shown[::-1]
+                layers = ((value_of(name, names), fill_segmentation(drawn.shape, part, scale))
+                          for name, part in parts)
+            mask = np.zeros_like(drawn) if mask is None else mask
+            for value, layer in layers:
+                overlap = layer & (mask > 0) & (mask != value)
+                SAID["classes overlap, the later one counts"] += bool(overlap.any())
+                mask[layer] = value
+    return upright(np.zeros(shown, np.uint8) if mask is None else mask, item.photo)
+
+
+def upright(mask, photo):
+    """The mask (H, W) for the photo as datasets.py shows it, which is turned upright by its EXIF tag.
+
+    A mask that has only the shape of the stored pixels is turned with them; others stay, for labelling tools
+    show photos upright. A mask that is smaller by a whole factor is enlarged by nearest.
+    """
+    shape, stored, turn = sizes(photo)
+    factor = max(1, max(shape) // max(mask.shape))
+    large = mask.repeat(factor, 0).repeat(factor, 1)
+    if large.shape not in (shape, stored):
+        command = f"Image.open('MASK').resize({shape[::-1]}, Image.NEAREST).save('MASK')"
+        raise Wrong("{}: the photo is {}x{}, its mask {}x{}; if it shows the whole photo: python -c "
+                    '"from PIL import Image; {}"'.format(photo, *shape, *mask.shape, command))
+    SAID["the mask is smaller by a whole factor, enlarged by nearest"] += factor > 1
+    lying = Image.fromarray(large)
+    lying.getexif()[ORIENTATION] = 1 if large.shape == shape else turn
+    return np.array(ImageOps.exif_transpose(lying))
+
+
+# --- pairing: what the names of folders and files say ---
+
+def locate(name):
+    """The Place of images/train/crack/1.png, train/images/crack/1.png, ...
+
+    kind: the folders that have no other meaning, each after a slash; role: "photo", "mask" or "".
+    """
+    split, kind, role = "", "", ""
+    *folders, file = name.split("/")
+    for folder in filter(None, folders):
+        meaning = WORDS.get(folder.lower().rstrip("0123456789"), "")        # also train2017
+        if meaning in ("mask", "photo"):
+            role = meaning
+        elif meaning in ("", "good"):
+            kind = "/good" if meaning or kind == "/good" else f"{kind}/{folder}"
+        else:
+            split = meaning
+    return Place(split, kind, role, Path(file).stem)
+
+
+def is_picture(name):
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def gather(root, paths=()):
+    """{name: Place} of the photos below a folder, and of the labels, which hold shapes or are called masks.
+
+    paths: a layout's own [(pattern, the name it stands for)].
+    """
+    photos, labels = {}, {}
+    for path in sorted(root.rglob("*")):
+        name, end = path.relative_to(root).as_posix(), path.suffix.lower()
+        usual = [re.sub(old, new, name) for old, new in paths if re.fullmatch(old, name)]
+        passed = any(part[0] == "." or part.lower() in PASSED_OVER for part in name.split("/"))
+        if path.is_dir() or passed or paths and not usual:
+            continue
+        place = locate(usual[0] if usual else name)
+        if end == ".json" and re.search('"(shapes|categories)" *:', read_text(path)):
+            labels[name] = place
+        elif end == ".json" and place.role == "mask":
+            SAID[f"{name}: neither photos nor shapes, passed over"] = 1
+        elif end == ".txt" and place.role == "mask" and re.match(r"\d+ |\s*$", read_text(path)):
+            labels[name] = place                            # YOLO's; VOC's lists begin otherwise
+        elif end in IMAGE_SUFFIXES:
+            mask = place.role == "mask" or not place.role and MASK_END.search(place.stem)
+            (labels if mask else photos)[name] = place
+    return photos, labels
+
+
+def match(root, photos, labels):
+    """{name of a photo: its Labels} of photos {name: Place}: by names, never by position.
+
+    The label of 007 is 007, 007 and words for masks, or 007 and the end that most labels have in common. Of
+    several 007 it is the one in folders of the same names.
+    """
+    partner, stems, lonely = {name: [] for name in photos}, {}, []
+    for name, place in photos.items():
+        stems.setdefault(place.stem, []).append(name)
+    ends = Counter(label.place.stem[cut:] for label in labels for cut in range(1, len(label.place.stem) + 1)
+                   if label.place.stem[:cut] in stems and not re.search("[0-9]", label.place.stem[cut:]))
+    common = max(ends, key=lambda end: (ends[end], -len(end)), default="")
+    SAID[f"labels are named <photo>{common}"] = ends[common] if common else 0
+    for label in labels:
+        split, kind, _, stem = label.place
+        ways = (stem, MASK_END.sub("", stem), stem.removesuffix(common))
+        near = [name for name in next((stems[way] for way in ways if way in stems), [])
+                if photos[name].split in ("", split) or not split
+                if photos[name].kind.endswith(kind) or kind.endswith(photos[name].kind)]
+        fits = [name for name in near if photos[name].kind == kind] or near
+        partner[fits[0]].append(label) if len(fits) == 1 else lonely.append(label.name)
+    demand(root, lonely, "labels without one photo of their name", "add, remove or rename files")
+    return partner
+
+
+def pair(root, photos, labels, unlabelled):
+    """Items of photos {name: Place} and Labels, with names that differ."""
+    partner, splits, items = match(root, photos, labels), read_splits(root), []
+    bare = [name for name in photos if not partner[name] and photos[name].kind != "/good"]
+    if not unlabelled:
+        demand(root, bare, "photos without a label",
+               "pass --unlabelled good if they have no defect, --unlabelled skip to leave them out")
+    SAID[f"photos without a label, --unlabelled {unlabelled}"] = len(bare)
+    kinds = any(place.kind for place in photos.values()) or unlabelled == "good" and bare
+    for name, (split, kind, _, stem) in photos.items():
+        kind = kind.strip("/").replace("/", "_")
+        said = [split, *(label.place.split for label in partner[name])]     # by a folder, a table's name
+        own = splits.pop(f"{kind}/{stem}".strip("/"), [*filter(None, said)][:1])
+        kind = "good" if name in bare else kind or kinds and "defect" or ""     # all have kinds, or none has
+        if name not in bare or unlabelled == "good":
+            items.append(Item(root / name, own, kind, stem, partner[name]))
+    demand(root, sorted(splits), "names in split.json without a photo", "write them as <kind>/<stem>")
+    if len({(item.kind, item.stem) for item in items}) < len(items):
+        items = [item._replace(stem="_".join([*item.splits[:1], item.stem])) for item in items]
+    names = Counter(f"{item.kind}/{item.stem}".strip("/") for item in items)
+    demand(root, [name for name in names if names[name] > 1], "names of several photos", "rename some")
+    return items
+
+
+def read(root, paths, ask):
+    """Class names, Items and legends of a data set."""
+    photos, places = gather(root, paths)
+    if not photos:
+        raise Wrong(f"{root}: no photos in this layout; docs/data.md shows what is read")
+    shapes = {name: place for name, place in places.items() if not is_picture(name)}
+    if shapes:
+        names, labels = read_shapes(root, shapes)
+        return names, pair(root, photos, labels, ask.unlabelled), {}
+    ask = ask._replace(colours=ask.colours or next(root.glob("labelmap.txt"), None))
+    labels = [Label(name, place, partial(read_codes, root / name, bool(ask.colours)))
+              for name, place in places.items()]
+    items = pair(root, photos, labels, ask.unlabelled)
+    kinds = {label.name: label.place.kind.strip("/").replace("/", "_") or item.kind
+             for item in items for label in item.labels}
+    names, legends = read_legends(root, labels, kinds, ask)
+    return () if ask.published else names, items, legends
+
+
+# marks: patterns that all match in such a folder; paths: see gather(); known: flags that need not be said.
+Layout = namedtuple("Layout", "marks paths known", defaults=((), (), {}))
+AITEX = dict(zip("002 006 010 016 019 022 023 025 027 029 030 036".split(), (
+    "broken_end broken_yarn broken_pick weft_curling fuzzyball cut_selvage crease warp_ball knots "
+    "contamination nep weft_crack").split()))
+FOLDERS = {"binary": True, "classes": "folder"}
 LAYOUTS = {
-    "coco": Layout("train/, val/ with _annotations.coco.json (VISION)", ["*/_annotations.coco.json"], coco),
-    "dagm2007": Layout("Train/, Test/ with Label/<stem>_label.PNG", ["Train/Label"], dagm2007),
-    "kolektor2": Layout("train/, test/ with <stem>_GT.png", ["train/*_GT.png", "test/*_GT.png"], kolektor2),
-    "visa": Layout("Data/Images with Data/Masks/Anomaly", ["Data/Images", "Data/Masks"], visa),
-    "magnetic-tile": Layout("MT_<kind>/Imgs/<stem>.jpg with <stem>.png", ["MT_*/Imgs"], magnetic_tile),
-    "aitex": Layout("Defect_images/ with Mask_images/", ["Defect_images", "Mask_images"], aitex),
-    "synthetic": Layout("images/ with masks_converted_dir/", ["images", "masks_converted_dir"], synthetic),
-    "ds-mvtec": Layout("image/, mask/ beside ../captions.xlsx", ["image", "../captions.xlsx"], ds_mvtec),
-    "binary": Layout("image/ and mask/ with 0/255 masks (only by --layout)", [], binary),
+    "dagm2007": Layout(["Train/Label"], known={"binary": True, "classes": "one", "unlabelled": "good"}),
+    "visa": Layout(["Data/Images", "Data/Masks"], [
+        ("Data/Images/Normal/(.*)", r"images/good/\1"),
+        ("Data/(Images|Masks)/Anomaly/(.*)", r"\1/anomaly/\2")]),
+    "magnetic-tile": Layout(["MT_*/Imgs"], [
+        ("MT_Free/Imgs/(.*jpg)", r"images/good/\1"),
+        ("MT_(?!Free)(.*)/Imgs/(.*jpg)", lambda m: f"images/{m[1].lower()}/{m[2]}"),
+        ("MT_(?!Free)(.*)/Imgs/(.*png)", lambda m: f"masks/{m[1].lower()}/{m[2]}")], FOLDERS),
+    "aitex": Layout(["Defect_images", "Mask_images"], [     # 0100_025_08 is published without a mask
+        ("NODefect_images/.*?([^/]*)", r"images/good/\1"),
+        ("Defect_images/(?!0100_025_08)([^_]*_(.*)_.*)", lambda m: f"images/{AITEX.get(m[2], m[2])}/{m[1]}"),
+        ("Mask_images/([^_]*_(.*)_.*_mask.*)", lambda m: f"masks/{AITEX.get(m[2], m[2])}/{m[1]}")], FOLDERS),
+    "synthetic": Layout(["images", "masks_converted_dir"], [    # masks/ is in unreliable colours
+        ("images/(.*)samples_image_(.*)", r"images/\1\2"),
+        ("masks_converted_dir/(.*)samples_converted_mask_(.*)", r"masks/\1\2")], {"published": True}),
+    "ds-mvtec": Layout(["image", "../captions.xlsx"], known={"published": True}),
+    "folders": Layout(),                                    # all others
+    "binary": Layout(known={"binary": True}),               # likewise, but masks are cut at 128
 }
 
 
 def find(folder, depth=3):
     """[(folder, key of LAYOUTS)] of the data sets at or below a folder."""
-    for name, layout in LAYOUTS.items():
-        if layout.marks and all(any(folder.glob(mark)) for mark in layout.marks):
+    for name, (marks, *_) in LAYOUTS.items():
+        if marks and all(any(folder.glob(mark)) for mark in marks):
             return [(folder, name)]
-    return [found for below in folders(folder) if depth for found in find(below, depth - 1)]
+    first = [WORDS.get(name.split("/")[0].lower()) or name.count("/") < 2 for name in gather(folder)[1]]
+    if any(first):                                          # ring/masks/1.png is a label of the folder ring
+        return [(folder, "folders")]
+    below = sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != "." and depth)
+    return [found for child in below for found in find(child, depth - 1)]
 
 
-# --- writing ---
-
-def read_layout(root, layout):
-    """(class names, Items with unique names). Raises ValueError naming the files without a partner."""
-    names, items = LAYOUTS[layout].read(root)
-    lonely = {"images without a mask": [item.image for item in items if item.mask is None and item.read],
-              "masks without an image": [item.mask for item in items if item.image is None]}
-    for what, paths in lonely.items():
-        if paths:
-            shown = ", ".join(str(path.relative_to(root)) for path in paths[:8])
-            raise ValueError(f"{root}: {len(paths)} {what}: {shown}; add or remove files")
-    if not items:
-        raise ValueError(f"{root}: no images in the layout {layout}: {LAYOUTS[layout].look}")
-    if any(item.kind for item in items):            # datasets.py reads a flat folder or kinds, not both
-        items = [item._replace(kind=item.kind or "defect") for item in items]
-    if len({(item.kind, item.stem) for item in items}) < len(items):
-        items = [item._replace(stem=f"{item.image.parent.name}_{item.stem}") for item in items]
-    return names, items
-
-
-def place(item, name, folder):
-    """Put the photo of an Item into a data set, and its mask: returns the mask, None for a good photo."""
-    image = folder / "image" / f"{name}{item.image.suffix.lower()}"
-    image.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(item.image.resolve(), image)
-    except OSError:                                 # another disk, or one without hard links
-        shutil.copyfile(item.image, image)
-    if item.read is None:
-        return None
-    mask = upright(item.read(item.mask), item.image)
-    path = folder / "mask" / f"{name}_mask.png"
+def place_photo(photo, path):
+    """Put a photo into a data set as `path` with a suffix that datasets.py reads; returns its path there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(mask).save(path)
-    return mask
+    if photo.suffix.lower() not in KEPT:
+        with naming(photo, "replace it"), Image.open(photo) as picture:
+            saved = picture if picture.mode in ("1", "L", "LA", "P", "I", "I;16") else picture.convert("RGB")
+            saved.save(f"{path}.png", exif=picture.getexif())
+        return Path(f"{path}.png")
+    path = path.with_name(path.name + photo.suffix.lower())
+    try:
+        os.link(photo.resolve(), path)
+    except OSError:                                         # another disk, or one without hard links
+        shutil.copyfile(photo, path)
+    return path
 
 
-def write(folder, names, items):
-    """Write a data set and print what it holds."""
-    pixels, holding, sound = np.zeros(256, int), np.zeros(256, int), 0
-    splits, captions = {}, {}
+def run_lengths(layer):
+    """bool (H, W) as COCO's run lengths of 0, 1, 0, ... down the columns."""
+    flat = layer.T.ravel()
+    counts = np.diff([0, *np.flatnonzero(flat[1:] != flat[:-1]) + 1, flat.size]).tolist()
+    return {"counts": [0] * int(flat[0]) + counts, "size": list(layer.shape)}
+
+
+def add_to_coco(table, name, mask):
+    """Add a photo and an annotation for each class of its mask to a COCO table."""
+    number = len(table["images"]) + 1
+    table["images"].append({"id": number, "file_name": name, "height": len(mask), "width": mask.shape[1]})
+    for value in np.unique(mask[mask > 0]).tolist():
+        rows, columns = np.nonzero(mask == value)
+        box = [columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1]
+        table["annotations"].append({
+            "id": len(table["annotations"]) + 1, "image_id": number, "category_id": value,
+            "iscrowd": int(value == 255), "area": len(rows), "bbox": [*map(int, box)],
+            "segmentation": run_lengths(mask == value)})
+
+
+def write(folder, names, items, legends, captions, to):
+    """Write a data set. names: None where masks hold numbers, () where datasets.py knows the classes."""
+    splits, texts, tables, top = {}, {}, {}, 0              # tables: COCO's, by split
     for item in items:
         name = f"{item.kind}/{item.stem}".lstrip("/")
-        mask = place(item, name, folder)
-        if mask is not None:
-            count = np.bincount(mask.ravel(), minlength=256)
-            pixels, holding = pixels + count, holding + (count > 0)
-        sound += mask is None or not mask.any()
-        if item.split:
-            splits.setdefault(item.split, []).append(name)
-        if item.caption:
-            captions[name] = item.caption
-    if "val" in splits:                             # VISION has no test: val is what is scored
+        photo = place_photo(item.photo, folder / ("images" if to else "image") / name)
+        mask = draw(item, names, legends)
+        top = max(top, int(mask[mask < 255].max(initial=0)))
+        if item.kind == "good" and mask.any():
+            raise Wrong(f"{item.photo}: lies among the good ones, but its mask shows a defect; move it")
+        if names and top > len(names):
+            raise Wrong(f"{item.photo}: its mask holds {top}; name all classes in classes.json, not {names}")
+        if to:
+            split = min(item.splits, key=lambda split: split not in WORDS, default="default")
+            table = tables.setdefault(split, {"images": [], "annotations": []})
+            add_to_coco(table, photo.relative_to(folder / "images").as_posix(), mask)
+        elif item.kind != "good":
+            (folder / "mask" / item.kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(mask).save(folder / "mask" / f"{name}_mask.png")
+        for split in item.splits:
+            splits.setdefault(split, []).append(name)
+        if name in captions:
+            texts[name] = captions[name]
+    if "val" in splits:                                     # VISION has no test: val is what is scored
         splits.setdefault("test", splits["val"])
-    numbered = [f"class_{value}" for value in range(1, np.flatnonzero(pixels).max(initial=0) + 1)]
-    classes = dict(enumerate(["background", *(numbered if names is None else names)]))
-    contents = {"classes": classes if names != PUBLISHED else {}, "split": splits, "captions": captions}
+    classes = [f"class_{n}" for n in range(1, top + 1)] if names is None else names
+    contents = {"classes": names != () and dict(enumerate(["background", *classes])), "split": splits,
+                "captions": texts}
+    if to:
+        numbered = [*enumerate(classes, 1), (255, "ignore")]            # which is read back as 255
+        categories = [{"id": number, "name": name} for number, name in numbered]
+        contents = {f"annotations/instances_{split}": {**tables[split], "categories": categories}
+                    for split in tables}
+        (folder / "annotations").mkdir()
     for file, content in contents.items():
         if content:
-            text = json.dumps(content, indent=1, ensure_ascii=False)
+            text = json.dumps(content, indent=None if to else 1, ensure_ascii=False)
             (folder / f"{file}.json").write_text(text, "utf-8")
-    print(f"  {len(items)} images, {sound} of them without a defect, {len(captions)} captions")
-    for value, name in enumerate(names or numbered, 1):
-        print(f"  {value:>2} {name:<24}{pixels[value]:>12} px in {holding[value]} images")
-    for split, members in splits.items():
-        print(f"  split {split}: {len(members)} images")
+    print(f"  {len(items)} photos of {', '.join(classes) or 'the published classes'}")
 
 
-def convert(source, out, layout=None):
+def convert(source, out, layout=None, **flags):
     """Convert the data set at a folder, or each of those below it, into the new folder `out`.
 
-    Raises: ValueError, OSError: a sentence that names the file. Then nothing is left behind.
+    flags: those of Ask. Raises: ValueError, OSError: a sentence that names the file; nothing is left behind.
     """
     if not source.is_dir():
-        raise ValueError(f"{source}: no such folder")
+        raise Wrong(f"{source}: no such folder")
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"--out {out}: is not empty; name a new folder")
+        raise Wrong(f"--out {out}: is not empty; name a new folder")
     found = [(source, layout)] if layout else find(source)
     if not found:
-        looks = "".join(f"\n  {name}: {layout.look}" for name, layout in LAYOUTS.items())
-        raise ValueError(f"{source}: has none of these layouts; docs/data.md names more:{looks}")
-    plans = [(root, layout, *read_layout(root, layout)) for root, layout in found]
-    part = out.with_name(f".{out.name}.part")       # renamed at the end: a killed conversion is never `out`
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        for root, layout, names, items in plans:
-            print(f"{root.name}: layout {layout}")
-            write(part / root.relative_to(source) if len(plans) > 1 else part, names, items)
+        raise Wrong(f"{source}: has no labels in a layout that is read; docs/data.md shows them")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as part:
+        whole = Path(part) / out.name                       # renamed at the end: half of one is never `out`
+        for root, name in found:
+            SAID.clear()
+            print(f"{root.name}: {name}")
+            ask = Ask(**{**flags, **LAYOUTS[name].known})
+            names, items, legends = read(root, LAYOUTS[name].paths, ask)
+            texts = read_captions(root.parent / "captions.xlsx") if name == "ds-mvtec" else {}
+            captions = {key.removeprefix(f"{root.name}/"): text for key, text in texts.items()}
+            folder = whole if len(found) == 1 else whole / root.relative_to(source)
+            write(folder, names, items, legends, captions, ask.to)
+            print("".join(f"  {what}: {count}\n" for what, count in SAID.items() if count), end="")
         if out.exists():
             out.rmdir()
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        whole.rename(out)
 
 
 def main():
     parser = argparse.ArgumentParser(description="Convert a downloaded data set for datasets.py.")
-    parser.add_argument("source", type=Path, help="the unpacked folder: one object, or several below it")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write, new or empty")
-    parser.add_argument("--layout", choices=LAYOUTS, help="of SOURCE (default: found by looking)")
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("source", type=Path, help="the unpacked folder: one object, or several below it")
+    add("--out", type=Path, required=True, help="the folder to write, new or empty")
+    add("--layout", choices=LAYOUTS, help="of SOURCE (default: found by looking)")
+    add("--classes", choices=["folder", "one"], help="of black and white masks: the folder, or one for all")
+    add("--colours", type=Path, metavar="FILE", help="of masks: lines 'name:r,g,b' (default: labelmap.txt)")
+    add("--inverted", action=argparse.BooleanOptionalAction, help="masks whose background is white")
+    add("--unlabelled", choices=["good", "skip"], help="photos without a label: no defect, or left out")
+    add("--to", choices=["coco"], help="write COCO's tables and run lengths instead, for other tools")
+    flags = vars(parser.parse_args())
+    source, out = flags.pop("source").resolve(), flags.pop("out").resolve()
     try:
-        convert(args.source.resolve(), args.out.resolve(), args.layout)
+        convert(source, out, **flags)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(f"next: python datasets.py --data {shlex.quote(str(args.out))}")
+    if not flags["to"]:
+        print(f"next: python datasets.py --data {shlex.quote(str(out))}")
 
 
 if __name__ == "__main__":

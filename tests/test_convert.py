@@ -16,7 +16,7 @@ SIDE = 16
 # layout: (classes, None: datasets.py knows them by the folder's name; split;
 #          photos: (name that comes out, file), and where it has a mask: file, class, value in the file)
 MADE = {
-    "dagm2007": (["defect"], {"train": ["defect/0577", "good/0576"], "test": ["good/0002"]}, [
+    "dagm2007": (["defect"], {"train": ["good/0576", "defect/0577"], "test": ["good/0002"]}, [
         ("defect/0577", "Train/0577.PNG", "Train/Label/0577_label.PNG", 1, 255),
         ("good/0576", "Train/0576.PNG"), ("good/0002", "Test/0002.PNG")]),
     "kolektor2": (["defect"], {"train": ["10000"], "test": ["20000"]}, [
@@ -47,6 +47,10 @@ MADE = {
         ("defect/a", "images/a.jpg", "masks/a.png", 1, 255), ("good/a", "images/ok/a.jpg"),
         ("crack/a", "images/crack/a.jpg", "masks/crack/a_mask.png", 1, 255)]),
 }
+
+
+def load(path):
+    return json.loads(path.read_text("utf-8"))
 
 
 def save(path, array, **options):
@@ -117,7 +121,7 @@ def check(out, pairs, classes, split, captions={}):
              for p in out.glob("mask/**/*.*")}
     assert set(masks) == {name for name, (_, mask) in pairs.items() if mask is not None}
     assert all(np.array_equal(mask, pairs[name][1]) for name, mask in masks.items())
-    written = {file.stem: json.loads(file.read_text("utf-8")) for file in out.glob("*.json")}
+    written = {file.stem: load(file) for file in out.glob("*.json")}
     numbered = classes and {str(i): name for i, name in enumerate(["background", *classes])}
     expected = {"classes": numbered, "split": split, "captions": captions}
     assert written == {name: content for name, content in expected.items() if content}
@@ -132,9 +136,9 @@ def check(out, pairs, classes, split, captions={}):
 def test_each_layout_comes_out_pixel_for_pixel(layout, tmp_path):
     classes, split, _ = MADE[layout]
     pairs = make(layout, tmp_path / "in/wood")
-    convert.convert(tmp_path / "in/wood", tmp_path / "out/wood", layout if layout == "binary" else None)
-    captions = {"hole/002": "A <b>. B."} if layout == "ds-mvtec" else {}
-    check(tmp_path / "out/wood", pairs, classes, split, captions)
+    flags = {"layout": "binary", "classes": "one"} if layout == "binary" else {}
+    convert.convert(tmp_path / "in/wood", tmp_path / "out/wood", **flags)
+    check(tmp_path / "out/wood", pairs, classes, split, {"hole/002": "A <b>. B."} if "ds" in layout else {})
 
 
 @pytest.mark.parametrize("first_id, parts, above", [
@@ -142,7 +146,8 @@ def test_each_layout_comes_out_pixel_for_pixel(layout, tmp_path):
 def test_coco_ids_from_0_and_from_1_give_the_same_classes(first_id, parts, above, tmp_path):
     pairs = make_coco(tmp_path / "in", first_id, parts, above)
     convert.convert(tmp_path / "in", tmp_path / "out")
-    train, val, test = ([f"{part}_{n}" for n in range(3)] for part in (*parts[:2], parts[-1]))
+    pairs = {name.replace("valid_", "val_"): pair for name, pair in pairs.items()}
+    train, val, test = ([f"{part}_{n}" for n in range(3)] for part in ("train", "val", parts[-1]))
     check(tmp_path / "out", pairs, ["dirt", "tear"], {"train": train, "val": val, "test": test})
 
 
@@ -155,7 +160,7 @@ def test_a_photo_that_lies_on_its_side_gets_an_upright_mask(turn, tmp_path):
     assert np.array_equal(convert.upright(upright, path), upright)
     if turn >= 5:                                   # only then the shape tells that the mask lies, too
         assert np.array_equal(convert.upright(stored, path), upright)
-    with pytest.raises(ValueError, match="a.png: the photo is 10x14, its mask 9x9"):
+    with pytest.raises(ValueError, match="a.png: the photo is .*, its mask 9x9; if .*resize"):
         convert.upright(np.zeros((9, 9), np.uint8), path)
 
 
@@ -169,14 +174,14 @@ def test_polygons_cover_the_pixels_whose_centres_they_hold():
         crosses = ((y <= row) != (y_next <= row)) & (x + (row - y) / (y_next - y) * (x_next - x) > column)
         assert np.array_equal(mask, 3 * (crosses.sum(-1) % 2))
     runs = {"counts": [5, 2, 9], "size": [4, 4]}    # COCO's run lengths go down the columns
-    assert np.flatnonzero(convert.fill_annotations("a", (4, 4), [(1, runs)]).T).tolist() == [5, 6]
+    assert np.flatnonzero(convert.fill_segmentation((4, 4), runs).T).tolist() == [5, 6]
 
 
 @pytest.fixture
 def wrong(tmp_path):
-    def convert_and_match(sentence, folder="in", layout=None):
+    def convert_and_match(sentence, folder="in", layout=None, **flags):
         with pytest.raises(ValueError, match=sentence):
-            convert.convert(tmp_path / folder, tmp_path / "out", layout)
+            convert.convert(tmp_path / folder, tmp_path / "out", layout, **flags)
         assert not list(tmp_path.glob("*out*"))
     return convert_and_match
 
@@ -185,48 +190,261 @@ def test_a_wrong_coco_table_is_one_sentence_and_leaves_nothing(tmp_path, wrong):
     make_coco(tmp_path / "in")
     path = tmp_path / "in/val/_annotations.coco.json"
     text = path.read_text()
-    for segmentation, sentence in (([], "a box alone"), ({"counts": "Q1k2"}, "compressed"),
-                                   ([[1, 2, 3]], "not a polygon"), ([[float("nan")] * 6], "not a polygon"),
-                                   ({"counts": [7]}, "cannot reshape")):
+    for segmentation, sentence in (([], "a box alone"), ({"counts": "Q1k2"}, "do not fit 16x16"),
+                                   ([[1, 2, 3]], "reshape"), ([[float("nan")] * 6], "NaN"),
+                                   ({"counts": [7]}, "lengths over 7 pixels do not fit")):
         table = json.loads(text)
         table["annotations"][0]["segmentation"] = segmentation
         path.write_text(json.dumps(table))
         wrong(f"val/0.jpg: .*{sentence}")
     path.write_text(text.replace('"category_id": 0', '"category_id": 7'))
-    wrong("_annotations.coco.json: is no COCO table .KeyError.7")
+    wrong("_annotations.coco.json: cannot be read .KeyError: 7.; export")
     path.write_text(text)
     (tmp_path / "in/train/1.jpg").rename(tmp_path / "in/train/5.jpg")
-    wrong("1 images without a mask: train/5.jpg; add or remove files")
-    (tmp_path / "in/train/5.jpg").unlink()
-    wrong("1 masks without an image: train/1.jpg; add or remove files")
+    wrong("1 labels without one photo of their name: train/_annotations.coco.json: x/1.jpg")
 
 
 def test_wrong_files_are_one_sentence_and_leave_nothing(tmp_path, wrong):
     make("dagm2007", tmp_path / "in")
     (tmp_path / "in/Train/Label/0577_label.PNG").write_bytes(b"no picture")
-    wrong("0577_label.PNG: cannot be read as an image")
+    wrong("0577_label.PNG: cannot be read .*; replace it")
     save(tmp_path / "in/Train/Label/0577_label.PNG", blot(1, 3))
-    wrong("0577_label.PNG: has the values 0 to 3, not 0 and 255")
-    photo = make("synthetic", tmp_path / "drawn")["2_000002_1_1"][0]
-    save(tmp_path / "drawn" / MADE["synthetic"][2][0][2], blot(1, 255))
-    wrong("2_samples_converted_mask_000002_1_1.png: is no mask of class indices", "drawn")
-    photo.with_suffix(".jpg").write_bytes(photo.read_bytes())
-    wrong("2_samples_image_000002_1_1.png: has the stem of 2_samples_image_000002_1_1.jpg", "drawn")
-    wrong("no images in the layout binary", "in", "binary")
-    wrong("has none of these layouts", "drawn/images")
-    wrong("nowhere: no such folder", "nowhere")
+    wrong("2 values in masks, class indices: 0, 3; leave --layout binary away")
+    (tmp_path / "empty").mkdir()
+    wrong("has no labels in a layout that is read", "empty")
 
 
 def test_several_objects_and_the_command(tmp_path):
     for name in ("Ring", "Screw"):
         make_coco(tmp_path / "VISION" / name)
-    (tmp_path / ".out.part/rest").mkdir(parents=True)           # of a conversion that was killed
     command = [sys.executable, convert.__file__, tmp_path / "VISION", "--out", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and f"next: python datasets.py --data {tmp_path / 'out'}" in done.stdout
-    for line in ("6 images, 2 of them without", f"1 dirt{18:>32} px in 2 images", "split test: 3 images"):
-        assert done.stdout.count(line) == 2
+    assert done.stdout.count("6 photos of dirt, tear") == 2
     assert sorted(p.name for p in tmp_path.glob("out/*")) == ["Ring", "Screw"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr == f"error: --out {tmp_path / 'out'}: is not empty; name a new folder\n"
+    assert done.returncode == 1 and done.stderr.endswith("/out: is not empty; name a new folder\n")
+
+
+# --- what labelling tools write, and folders as people have them ---
+
+def tree(root, pictures):
+    """Write arrays as pictures and strings as text: {"images/a.png": array}."""
+    for name, content in pictures.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content) if isinstance(content, str) else save(path, content)
+
+
+def masks_of(root, out, **flags):
+    """Convert, then what datasets.py reads: {name: mask}, and the classes."""
+    convert.convert(root, out, **flags)
+    data = open_dataset(out)
+    return {s.name: data.read_mask(i) for i, s in enumerate(data.samples)}, list(data.classes[1:])
+
+
+def same(found, expected):
+    assert set(found) == set(expected)
+    for name, mask in expected.items():
+        assert np.array_equal(found[name], mask), name
+
+
+GREY, A, B = blot(0, 90), blot(1), blot(4, 2)
+
+
+def test_compressed_run_lengths_equal_pycocotools():
+    coco = pytest.importorskip("pycocotools.mask")
+    rng = np.random.default_rng(0)
+    for share in (0, 0.02, 0.5, 0.98, 1) * 8:
+        layer = rng.random((37, 23)) < share
+        layer[5:30, 3:20] ^= rng.random() < 0.5                 # long runs: numbers of several characters
+        rle = coco.encode(np.asfortranarray(layer.astype(np.uint8)))
+        text = {"size": list(rle["size"]), "counts": rle["counts"].decode()}
+        assert np.array_equal(convert.fill_segmentation((37, 23), text), layer)
+        plain = coco.frPyObjects(convert.run_lengths(layer), 37, 23)
+        assert np.array_equal(coco.decode(plain), layer)
+
+
+def test_polygons_equal_scikit_image():
+    draw = pytest.importorskip("skimage.draw")
+    for corners in (3, 5, 9) * 10:
+        points = np.random.default_rng(corners).uniform(-3, 40, (corners, 2))
+        mask = np.zeros((37, 33), np.uint8)
+        convert.fill_polygon(mask, points.ravel(), 1)
+        assert np.array_equal(mask, draw.polygon2mask(mask.shape, points[:, ::-1] - 0.5))
+
+
+def test_coco_in_annotations_reads_all_parts_and_run_lengths(tmp_path):
+    tree(tmp_path / "in", {"images/train/0.png": GREY, "images/val/0.png": GREY,
+                           "annotations/captions_val.json": "{}"})
+    for part, mask in (("train", A), ("val", blot(2))):
+        runs = convert.run_lengths(mask > 0)
+        table = {"categories": [{"id": 9, "name": "tear"}, {"id": 4, "name": "dirt"}],
+                 "images": [{"id": 1, "file_name": "0.png", "height": SIDE, "width": SIDE}],
+                 "annotations": [{"image_id": 1, "category_id": 9, "segmentation": runs, "iscrowd": 1}]}
+        tree(tmp_path / "in", {f"annotations/instances_{part}2017.json": json.dumps(table)})
+        tree(tmp_path / "parts", {f"{part}/images/0.png": GREY, f"{part}/any.json": json.dumps(table)})
+    same(masks_of(tmp_path / "parts", tmp_path / "out2")[0], {"train_0": 2 * A, "val_0": 2 * blot(2)})
+    found, classes = masks_of(tmp_path / "in", tmp_path / "out")
+    same(found, {"train_0": 2 * A, "val_0": 2 * blot(2)})
+    assert classes == ["dirt", "tear"] and load(tmp_path / "out/split.json")["val"] == ["val_0"]
+
+
+def test_labelme_shapes(tmp_path):
+    shapes = [{"label": "tear", "points": [[1, 2], [9, 2], [9, 6], [1, 6]]},
+              {"label": "dirt", "points": [[14, 15], [10, 12]], "shape_type": "rectangle"}]
+    table = {"imagePath": "..\\a.png", "imageHeight": SIDE, "imageWidth": SIDE, "shapes": shapes}
+    tree(tmp_path / "in", {"train/a.png": GREY, "train/a.json": json.dumps(table), "good/b.png": GREY})
+    mask = blot(0, 0)
+    mask[2:6, 1:9], mask[12:15, 10:14] = 2, 1
+    found, classes = masks_of(tmp_path / "in", tmp_path / "out")
+    assert classes == ["dirt", "tear"]
+    same(found, {"defect/a": mask, "good/b": blot(0, 0)})
+    shapes[0]["shape_type"] = "linestrip"
+    tree(tmp_path / "in", {"train/a.json": json.dumps(table)})
+    with pytest.raises(ValueError, match="a.json: .*a shape of the type 'linestrip' has no area"):
+        convert.convert(tmp_path / "in", tmp_path / "new")
+
+
+@pytest.mark.parametrize("names", [
+    "names: [dirt, 'tear, long']  # two", "names:\n- dirt\n- \"tear, long\"\nnc: 2",
+    "names:\n  0: dirt\n  1: 'tear, long'\ntrain: x", "nc: 2\nnames: {0: dirt, 1: 'tear, long'}\n",
+    "names: [\n  'dirt',\n  'tear, long'\n]\nval: [a, b]"])
+def test_yolo_polygons_and_names_in_each_form(names, tmp_path):
+    line = "1 0.125 0.25 0.625 0.25 0.625 0.5 0.125 0.5\n"
+    tree(tmp_path / "in", {"data.yaml": names, "train/images/a.png": GREY, "train/labels/a.txt": line,
+                             "valid/images/b.png": GREY, "valid/labels/b.txt": ""})
+    mask = blot(0, 0)
+    mask[4:8, 2:10] = 2
+    found, classes = masks_of(tmp_path / "in", tmp_path / "out")
+    assert classes == ["dirt", "tear, long"]
+    same(found, {"a": mask, "b": blot(0, 0)})
+    tree(tmp_path / "in", {"train/labels/a.txt": "0 0.5 0.5 0.1 0.1"})
+    with pytest.raises(ValueError, match="a.txt: .* a box alone"):
+        convert.convert(tmp_path / "in", tmp_path / "new")
+
+
+def test_colour_masks_by_labelmap_or_file(tmp_path):
+    colours = np.array([(0, 0, 0), (128, 0, 0), (0, 128, 0)])
+    names = "# label:color_rgb:parts:actions\nbackground:0,0,0::\ntear:128,0,0::\ndirt:0,128,0::\n"
+    both = np.maximum(A, B)
+    tree(tmp_path / "in", {"JPEGImages/a.png": GREY, "SegmentationClass/a.png": colours[both],
+                             "labelmap.txt": names, "SegmentationObject/a.png": GREY,
+                             "ImageSets/Segmentation/val.txt": "a\n"})
+    found, classes = masks_of(tmp_path / "in", tmp_path / "out")
+    assert classes == ["tear", "dirt"] and load(tmp_path / "out/split.json")["val"] == ["a"]
+    same(found, {"a": both})
+    (tmp_path / "in/labelmap.txt").rename(tmp_path / "colours.txt")
+    with pytest.raises(ValueError, match=r"neither class indices .*\(128, 0, 0\); pass --colours"):
+        convert.convert(tmp_path / "in", tmp_path / "new")
+    same(masks_of(tmp_path / "in", tmp_path / "new", colours=tmp_path / "colours.txt")[0], {"a": both})
+
+
+def test_equal_channels_suffixes_splits_and_other_formats(tmp_path, capsys):
+    tree(tmp_path / "in", {"images/train/a.ppm": np.dstack([GREY] * 3), "images/validation/a.png": GREY,
+                             "masks/train/a_seg_mask.tif": np.dstack([A] * 3),
+                             "masks/validation/a_seg_mask.gif": B})
+    found, classes = masks_of(tmp_path / "in", tmp_path / "out")
+    same(found, {"train_a": A, "val_a": B})
+    assert classes == ["class_1", "class_2"]
+    assert load(tmp_path / "out/split.json") == {"train": ["train_a"], "val": ["val_a"], "test": ["val_a"]}
+    tree(tmp_path / "own", {"images/a_1.png": GREY, "images/a_2.png": GREY, "masks/a_1_defect.png": A,
+                            "masks/a_2_defect.png": B})
+    same(masks_of(tmp_path / "own", tmp_path / "out2")[0], {"a_1": A, "a_2": B})
+    assert "labels are named <photo>_defect: 2" in capsys.readouterr().out
+    tree(tmp_path / "lost", {"images/a.png": GREY, "masks/a_1_mask.png": A})    # the photo a_1 is missing
+    with pytest.raises(ValueError, match="1 labels without one photo of their name: masks/a_1_mask.png"):
+        convert.convert(tmp_path / "lost", tmp_path / "new")
+
+
+def test_black_and_white_masks_by_folder(tmp_path, capsys):
+    tree(tmp_path / "anomalib", {"good/a.png": GREY, "crack/a.png": GREY, "dirt/b.png": GREY,
+                                   "mask/crack/a.png": 255 * A, "mask/dirt/b.png": 127 * B + (B > 0)})
+    found, classes = masks_of(tmp_path / "anomalib", tmp_path / "out1")
+    same(found, {"good/a": blot(0, 0), "crack/a": A, "dirt/b": B})
+    tree(tmp_path / "anomalib", {"classes.json": '["background", "dirt", "crack"]'})
+    same(masks_of(tmp_path / "anomalib", tmp_path / "out2")[0], {
+        "good/a": blot(0, 0), "crack/a": 2 * A, "dirt/b": B // 2})
+    tree(tmp_path / "by_class", {"images/a.png": GREY, "masks/crack/a.png": 255 * A,
+                                   "masks/dirt/a.png": 255 * (blot(2))})
+    same(masks_of(tmp_path / "by_class", tmp_path / "out3")[0], {"a": np.where(blot(2), 2, A)})
+    assert "classes overlap, the later one counts: 1" in capsys.readouterr().out
+    tree(tmp_path / "beside", {"k1/a.png": GREY, "k1/a_label.bmp": 255 * A,
+                                 "k2/a.png": GREY, "k2/a_label.bmp": 255 * A})
+    with pytest.raises(ValueError, match="2 folders .*: k1, k2; pass --classes folder .* --classes one"):
+        convert.convert(tmp_path / "beside", tmp_path / "new")
+    same(masks_of(tmp_path / "beside", tmp_path / "out4", classes="one")[0], {"k1/a": A, "k2/a": A})
+
+
+def test_what_cannot_be_known_is_asked_for(tmp_path, wrong):
+    tree(tmp_path / "in", {"images/a.png": GREY, "masks/a.png": 255 * (1 - A)})
+    wrong("9.% of the masks is white; pass --inverted .* --no-inverted")
+    same(masks_of(tmp_path / "in", tmp_path / "1", inverted=True)[0], {"a": A})
+    same(masks_of(tmp_path / "in", tmp_path / "2", inverted=False)[0], {"a": 1 - A})
+    void = np.where(B, 255, A)
+    tree(tmp_path / "in", {"masks/a.png": void})                # 255 beside an index is not scored
+    convert.convert(tmp_path / "in", tmp_path / "3")
+    assert np.array_equal(np.array(Image.open(tmp_path / "3/mask/a_mask.png")), void)
+    assert load(tmp_path / "3/classes.json") == {"0": "background", "1": "class_1"}
+    tree(tmp_path / "in", {"masks/a.png": 85 * np.maximum(A, B)})
+    wrong(r"neither class indices nor 0 and 255: \(85, 85, 85\), .*--colours FILE .*--layout binary")
+    tree(tmp_path / "in", {"masks/a.png": A, "images/b.png": GREY})
+    wrong("1 photos without a label: images/b.png; .*--unlabelled good .*--unlabelled skip")
+    same(masks_of(tmp_path / "in", tmp_path / "4", unlabelled="good")[0], {"defect/a": A, "good/b": 0 * A})
+    same(masks_of(tmp_path / "in", tmp_path / "5", unlabelled="skip")[0], {"a": A})
+
+
+def test_masks_of_another_size(tmp_path, wrong, capsys):
+    tree(tmp_path / "in", {"images/a.png": np.kron(GREY, np.ones((3, 3))), "masks/a.png": A})
+    same(masks_of(tmp_path / "in", tmp_path / "1")[0], {"a": np.kron(A, np.ones((3, 3), np.uint8))})
+    assert "enlarged by nearest: 1" in capsys.readouterr().out
+    tree(tmp_path / "in", {"images/a.png": np.zeros((20, 30))})
+    wrong(r"a.png: the photo is 20x30, its mask 16x16; .*resize\(\(30, 20\), Image.NEAREST\)")
+
+
+def test_to_coco_and_back(tmp_path):
+    tree(tmp_path / "in", {
+        "image/crack/0.png": GREY, "image/crack/1.png": GREY, "image/good/0.png": GREY,
+        "mask/crack/0_mask.png": np.maximum(A, B), "mask/crack/1_mask.png": np.where(blot(4), 255, 3 * A),
+        "split.json": '{"few": ["crack/0"], "train": ["crack/0"], "test": ["crack/1", "good/0"]}',
+        "classes.json": '{"0": "background", "1": "crack", "2": "dirt", "3": "tear"}'})
+    convert.convert(tmp_path / "in", tmp_path / "same")
+    assert load(tmp_path / "same/split.json") == load(tmp_path / "in/split.json")
+    convert.convert(tmp_path / "in", tmp_path / "coco", to="coco")          # which has no place for "few"
+    convert.convert(tmp_path / "coco", tmp_path / "out")
+    masks = [{path.name: np.array(Image.open(path)) for path in (tmp_path / folder).glob("mask/*/*.png")}
+             for folder in ("in", "out")]
+    same(*masks)                                                            # also 255, which is not scored
+    tables = [load(path) for path in sorted((tmp_path / "coco").glob("annotations/*.json"))]
+    assert [len(t["annotations"]) for t in tables] == [2, 2]            # test, train
+    assert [a["area"] for a in tables[1]["annotations"]] == [(np.maximum(A, B) == k).sum() for k in (1, 2)]
+    assert load(tmp_path / "out/split.json") == {"train": ["crack/0"], "test": ["crack/1", "good/0"]}
+    assert (tmp_path / "out/classes.json").read_text() == (tmp_path / "same/classes.json").read_text()
+
+
+def test_palettes_void_and_a_photo_on_its_side(tmp_path):
+    """VOC's palette masks: the numbers count; 255 is void. YOLO's points are those of the upright photo."""
+    tree(tmp_path / "voc", {"JPEGImages/a.jpg": GREY})
+    (tmp_path / "voc/SegmentationClass").mkdir()
+    raw = Image.fromarray(np.where(blot(3), 2, A).astype(np.uint8), "P")
+    raw.putpalette([0, 0, 0, 128, 0, 0, 224, 224, 192])
+    raw.save(tmp_path / "voc/SegmentationClass/a.png")
+    same(masks_of(tmp_path / "voc", tmp_path / "out1")[0], {"a": np.where(blot(3), 2, A)})
+    tree(tmp_path / "voc", {"labelmap.txt": "background:0,0,0::\nplane:128,0,0::\n"})
+    convert.convert(tmp_path / "voc", tmp_path / "out2")
+    assert np.array_equal(np.array(Image.open(tmp_path / "out2/mask/a_mask.png")), np.where(blot(3), 255, A))
+    exif = Image.Exif()
+    exif[convert.ORIENTATION] = 6
+    tree(tmp_path / "yolo", {"data.yaml": "names: [a]", "labels/a.txt": "0 0 0 1 0 1 .5 0 .5\n"})
+    save(tmp_path / "yolo/images/a.jpg", np.zeros((10, 20)), exif=exif)
+    half = np.repeat([[1], [0]], 10, 0) * np.ones((1, 10))
+    same(masks_of(tmp_path / "yolo", tmp_path / "out3")[0], {"a": half})
+
+
+def test_tables_of_windows_are_cleaned_and_json_without_photos_is_named(tmp_path, capsys):
+    tree(tmp_path / "in", {"images/crack/a.png": GREY, "masks/crack/a.png": A, "masks/about.json": "{}",
+                           "split.json": '\ufeff{"test": ["crack\\\\a.PNG"]}',
+                           "classes.json": '\ufeff["background", "dirt"]'})
+    assert masks_of(tmp_path / "in", tmp_path / "out")[1] == ["dirt"]
+    assert load(tmp_path / "out/split.json") == {"test": ["crack/a"]}
+    assert "masks/about.json: neither photos nor shapes, passed over" in capsys.readouterr().out
