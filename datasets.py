@@ -1,18 +1,19 @@
 """Folders of defect photos with pixel masks -> (image, mask, classes); splits, the audit, writing a data set.
 
     image   uint8 (C, H, W), C = 1 when every file is grey, else 3
-    mask    uint8 (H, W), the value is a class index and 0 is background; classes[0] == "background"
+    mask    uint8 (H, W), the value is a class index; 0 is background, 255 (IGNORE) is not to be scored
     kind    the folder an image came from ("crack", "combined", "good"), not its class: masks say that. The
             first images of each kind train where there is no split.json; those of GOOD_KINDS need no mask.
 
 Folders are read in the layouts of LAYOUTS; data/convert.py brings all others into the first of them.
 drawn:pill, drawn:zipper and drawn:wood need no files; drawn:pill:original has one coarse class instead.
 
-    python datasets.py                                          audit of the drawn pill, and a contact sheet
+    python datasets.py --sheet sheet.png                        audit of the drawn pill, and a contact sheet
     python datasets.py --data Defect_Spectrum                   every object below that folder, one row each
     python datasets.py --data Defect_Spectrum --object pill
 """
 import argparse
+import itertools
 import json
 import math
 import os
@@ -20,21 +21,25 @@ import re
 import sys
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from copy import copy
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 import inspect_rules
 from data.drawn import DRAWN, draw
-from inspect_rules import LABELS, read_classes, read_json
+from inspect_rules import (IGNORE, LABELS, find_components, find_runs, grouped, listed, read_classes,
+                           read_json)
 
 LAYOUTS = """  image/<kind>/<stem>.png with mask/<kind>/<stem>_mask.png, class indices (Defect Spectrum)
   images/<kind>/<stem>.png with masks/<kind>/<stem>.png or <stem>_mask.png, class indices; also without kinds
+  images/train/..., images/val/... with masks/train/..., masks/val/...: likewise, in splits
   test/<kind>/<stem>.png with ground_truth/<kind>/<stem>_mask.png, 0/255: the class is the kind (MVTec AD)"""
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+SPLITS = dict(train="train", training="train", val="val", valid="val", validation="val", test="test")
 GOOD_KINDS = {"good", "ok", "Normal", "MT_Free"}    # products without a defect; they may come without masks
 FEW_SHOT = 5                        # images per kind that train where there is no split (the authors' rule)
 AUGMENTATIONS = ("flip", "turn")
@@ -75,11 +80,10 @@ def open_picture(path):
         raise ValueError(f"{path}: cannot be read as an image ({error}); replace or remove it") from None
 
 
-def to_mode(picture, channels):
-    """A PIL image in mode L or RGB: 16-bit grey is scaled by 65535, alpha dropped, palettes looked up."""
+def to_mode(picture, channels, white=65535):
+    """A PIL image in mode L or RGB: 16-bit grey is scaled by `white`, alpha dropped, palettes looked up."""
     if picture.mode[0] in "IF":                                 # I, I;16, F: Pillow's modes of 16-bit grey
-        wide = np.nan_to_num(np.asarray(picture, np.float64))
-        narrow = wide / (257 if wide.max() > 255 else 1)
+        narrow = np.nan_to_num(np.asarray(picture, np.float64)) * (255 / white)
         picture = Image.fromarray(narrow.clip(0, 255).round().astype(np.uint8))
     if picture.mode in ("P", "PA"):
         picture = picture.convert("RGBA")       # through RGBA: a palette with transparency warns otherwise
@@ -110,6 +114,15 @@ def channels_of(samples):
     return 1 if grey else 3
 
 
+def white_of(paths):
+    """What is white in 16-bit grey photos: the largest value of as few bits as hold those of all of them."""
+    def highest(path):
+        with suppress(Exception), Image.open(path) as picture:      # a broken one is reported when it is read
+            return np.nan_to_num(np.asarray(picture)).max() if picture.mode[0] in "IF" else 0
+    top = max((top or 0 for top, _ in in_threads(highest, paths)), default=0)
+    return next((2**bits - 1 for bits in (8, 10, 12, 14) if top < 2**bits), 65535)
+
+
 def in_threads(function, items):
     """Yields (result, None) or (None, the ValueError's sentence) of each item, in order."""
     def attempt(item):
@@ -121,19 +134,28 @@ def in_threads(function, items):
         yield from pool.map(attempt, items)
 
 
+def defects(mask):
+    """Where a mask, array or tensor, has a defect: neither background nor IGNORE."""
+    return (mask > 0) & (mask != IGNORE)
+
+
 class DefectDataset:
     """Images with index masks. dataset[i] -> (image uint8 (C, H, W), mask uint8 (H, W)), at `size` if any.
 
     Attributes: name, classes (tuple, [0] = "background"), samples (list of Sample), channels (1 or 3),
-    size ((H, W) or None), splits ({name: sample names} of split.json), split_rule (what decided which images
-    are here), notes (sentences on files left out), problems (files without a partner, and what they lack).
+    size ((H, W) or None), kinds (of all images), splits ({name: sample names} of split.json or folders),
+    split_rule (what decided which images are here), notes (sentences on how files are read), problems (files
+    without a partner, and what they lack), white (of 16-bit grey photos).
     """
 
     def __init__(self, name, classes, samples, channels, splits=(), notes=(), problems=()):
         self.name, self.classes, self.samples, self.channels = name, tuple(classes), list(samples), channels
         self.splits, self.notes, self.problems = dict(splits), list(notes), list(problems)
-        self.size, self.split_rule = None, "all images"
+        self.size, self.split_rule, self.kinds = None, "all images", {sample.kind for sample in samples}
         self._classes_in = {}                                   # shared by all subsets
+        self.white = white_of([sample.image for sample in samples]) if channels == 1 else 65535
+        if 255 < self.white < 65535:
+            self.notes.append(f"16-bit photos hold {self.white.bit_length()} bits: {self.white} is white")
 
     def __len__(self):
         return len(self.samples)
@@ -144,7 +166,7 @@ class DefectDataset:
     def read(self, i, size=None):
         """Image uint8 (C, H, W) and mask uint8 (H, W) at `size` or native; photos bilinear, masks nearest."""
         path, mask = self.samples[i].image, self.read_mask(i)
-        picture = to_mode(open_picture(path), self.channels)
+        picture = to_mode(open_picture(path), self.channels, self.white)
         if picture.size != mask.shape[::-1]:
             raise ValueError(f"{path} is {picture.height}x{picture.width} but its mask is "
                              "{}x{}; they must have the same size".format(*mask.shape))
@@ -158,24 +180,20 @@ class DefectDataset:
         _, photo, path, _, label = self.samples[i]
         if path is None:
             return np.zeros(open_picture(photo).size[::-1], np.uint8)
-        if label is not None:
-            picture = open_picture(path)
-            if len(picture.getbands()) != 1:
-                raise ValueError(f"{path}: a 0/255 mask has one channel, this one is {picture.mode}")
-            return ((np.array(picture.convert("L")) >= 128) * label).astype(np.uint8)
-        mask, classes = inspect_rules.read_mask(path, self.classes), ", ".join(self.classes)
-        if mask.max() >= len(self.classes):
+        mask, classes = inspect_rules.read_mask(path, self.classes, label), ", ".join(self.classes)
+        if ((mask >= len(self.classes)) & (mask != IGNORE)).any():
             values = np.unique(mask)[:12].tolist()
             raise ValueError(f"{path}: mask has the values {values} but the classes are 0.."
                              f"{len(self.classes) - 1} ({classes}); add what is missing to classes.json")
         return mask.astype(np.uint8)
 
     def classes_in(self, i):
-        """Class indices in mask i but the background; None if it cannot be read: tensors() reports that."""
+        """The defect classes in mask i; None if it cannot be read: tensors() reports that."""
         name = self.samples[i].name
         if name not in self._classes_in:
             try:
-                self._classes_in[name] = tuple(k for k in np.unique(self.read_mask(i)).tolist() if k)
+                mask = self.read_mask(i)
+                self._classes_in[name] = tuple(np.unique(mask[defects(mask)]).tolist())
             except ValueError:
                 self._classes_in[name] = None
         return self._classes_in[name]
@@ -202,7 +220,7 @@ class DefectDataset:
 
     def part(self, split):
         """The samples of one list of the split; see open_dataset."""
-        splits, rule = self.splits, "split.json"
+        splits, rule = self.splits, "split.json or folders"
         if not splits:
             seen, splits = Counter(), {"train": [], "test": []}
             for i, sample in enumerate(self.samples):           # without a kind each class of the mask counts
@@ -218,7 +236,7 @@ class DefectDataset:
         if missing and not self.problems:
             raise ValueError(f"split.json, '{split}': {len(missing)} images are not there: {listed(missing)}")
         if not splits[split]:
-            raise ValueError(f"the split '{split}' of {self.name} is empty ({rule})")
+            raise ValueError(f"the split '{split}' of {self.name} is empty ({rule}); choose another")
         wanted = set(splits[split])             # as they lie in the folder: the order of a list means nothing
         part = self.subset([i for i, sample in enumerate(self.samples) if sample.name in wanted])
         part.split_rule = f"split {split}: {rule}"
@@ -250,8 +268,8 @@ def open_dataset(spec, size=None, split=None, object=None):
         spec:   a folder in one of LAYOUTS, one that holds such folders, or drawn:pill | drawn:zipper |
                 drawn:wood, with :original behind for one coarse class instead of exact ones.
         size:   (H, W) that images and masks are resized to, or None for each image's own size.
-        split:  a list of split.json; where there is none "train" (the first 5 images of each kind, or of each
-                class where images are not sorted into kinds) or "test" (the rest). None: everything.
+        split:  a list of split.json or a folder; where there is none "train" (the first 5 images of each
+                kind, or of each class where images have no kinds) or "test" (the rest). None: everything.
         object: the folder to open when `spec` holds several: "pill", or "DS-MVTec/pill".
     Raises: FileNotFoundError, ValueError: a sentence that names the folder and what it should hold.
     """
@@ -304,11 +322,16 @@ def read_folder(photos, masks):
     if (root / "classes.json").exists():
         classes = read_classes(root / "classes.json")
     elif name in FOREIGN:
-        notes = [f"photos of another product: {listed(FOREIGN[name])}"]
+        notes = [f"left out, photos of another product: {listed(FOREIGN[name])}"]
         samples = [s for s in samples if s.name not in FOREIGN[name]]
     classes = classes or CLASS_TABLES.get(name) or classes_of_values(root, samples)
-    channels, splits = channels_of(samples), read_splits(root / "split.json")
-    return DefectDataset(name, classes, samples, channels, splits, notes, problems)
+    splits, folders = read_splits(root / "split.json"), {}
+    for sample in samples:
+        folders.setdefault(SPLITS.get(sample.kind.split("/")[0].lower()), []).append(sample.name)
+    if photos.name != "test" and folders and None not in folders and not splits:    # no other folder
+        samples = [sample._replace(kind=sample.kind.partition("/")[2]) for sample in samples]
+        splits = {**folders, "test": folders.get("test") or folders.get("val", [])}
+    return DefectDataset(name, classes, samples, channels_of(samples), splits, notes, problems)
 
 
 def find_objects(root, depth=3):
@@ -331,7 +354,7 @@ def find_pairs(photos, masks, binary_kinds=()):
             if (kind, stem) not in partner and (kind, stem + end) in unused:
                 partner[kind, stem] = unused.pop((kind, stem + end))
     for (kind, stem), path in found.items():
-        if (kind, stem) in partner or kind in GOOD_KINDS:
+        if (kind, stem) in partner or kind.split("/")[-1] in GOOD_KINDS:
             name, mask = f"{kind}/{stem}" if kind else stem, partner.get((kind, stem))
             label = binary_kinds.index(kind) + 1 if kind in binary_kinds else None
             samples.append(Sample(name, path, mask, kind, label))
@@ -341,10 +364,10 @@ def find_pairs(photos, masks, binary_kinds=()):
 
 
 def images_in(folder):
-    """{(kind, stem): path} of the images in a folder, whose kind is "", and in its sub-folders, the kinds."""
-    files = {}
-    for parent in [folder, *listing(folder)]:
-        kind = "" if parent == folder else parent.name
+    """{(kind, stem): path} of the images in a folder, whose kind is "", and in those below, the kinds."""
+    files, below = {}, listing(folder)
+    for parent in [folder, *below, *(inner for path in below for inner in listing(path))]:
+        kind = parent.relative_to(folder).as_posix().lstrip(".")
         for path in listing(parent):
             if path.suffix.lower() in IMAGE_SUFFIXES:
                 twin = (kind, path.stem) in files               # a second file of one stem finds no partner
@@ -353,31 +376,38 @@ def images_in(folder):
 
 
 def listing(folder):
-    """What lies in a folder, in natural order (2 before 10), without dot files; [] where there is none."""
+    """What lies in a folder, in natural order (2 before 10), without system files; [] where there is none."""
     def natural(path):
         parts = [part for part in re.split(r"(\d+)", path.name) if part]
         return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts], path.name
     paths = folder.iterdir() if folder.is_dir() else ()
-    return sorted((path for path in paths if path.name[0] != "."), key=natural)
+    return sorted((path for path in paths if path.name[0] != "." and path.name != "__MACOSX"), key=natural)
 
 
 def classes_of_values(root, samples):
     """Names for index masks that come without a class table: class_1 up to the highest value."""
-    masks = (open_picture(sample.mask) for sample in samples if sample.mask)
-    top = max((int(np.max(mask)) for mask in masks if len(mask.getbands()) == 1), default=0)
-    if top > 64:                        # a mask in colour is reported when it is read
+    def highest(path):                  # 0/255 masks are accepted here, to be named below
+        mask = inspect_rules.read_mask(path, range(256))
+        return int(mask[defects(mask)].max(initial=0) or mask.max())
+    tops = in_threads(highest, [sample.mask for sample in samples if sample.mask])
+    top = max((top or 0 for top, _ in tops), default=0)         # a broken mask is named when it is read
+    if top > 64:
         raise ValueError(f"{root}: a mask holds the value {top} without a classes.json. If it is 0/255: "
                          f"python data/convert.py {root} --out NEW --layout binary")
     return ("background", *(f"class_{i}" for i in range(1, top + 1)))
 
 
 def read_splits(path):
-    """{name: sample names} of a split.json, {} where there is none."""
+    """{split: sample names} of a split.json, {} without one; with extensions and back-slashes forgiven."""
+    def plain(name):
+        stem, end = os.path.splitext(name.replace("\\", "/"))
+        return stem if end.lower() in IMAGE_SUFFIXES else stem + end
+
     splits = read_json(path) if path.exists() else {}
     lists = splits.values() if isinstance(splits, dict) else [None]
     if not all(isinstance(part, list) and all(isinstance(name, str) for name in part) for part in lists):
         raise ValueError(f'{path}: expected {{"train": ["<kind>/<stem>", ...], "test": [...]}}')
-    return splits
+    return {split: [*map(plain, part)] for split, part in splits.items()}
 
 
 def augment(image, mask, names, generator):
@@ -447,9 +477,11 @@ def write_classes(folder, classes):
 # --- pictures for the eye ---
 
 def colorize(mask):
-    """Mask (H, W) -> uint8 (3, H, W): black background, a colour per class, which repeat after eleven."""
+    """Mask (H, W) -> uint8 (3, H, W): black background, IGNORE grey, a colour per class (again after 11)."""
     k = np.asarray(mask, int)
-    return PALETTE[(k > 0) * (1 + (k - 1) % (len(PALETTE) - 1))].transpose(2, 0, 1)
+    colours = PALETTE[(k > 0) * (1 + (k - 1) % (len(PALETTE) - 1))]
+    colours[k == IGNORE] = 128
+    return colours.transpose(2, 0, 1)
 
 
 def overlay(image, mask, strength=0.55):
@@ -467,7 +499,8 @@ def sheet(rows, titles=(), classes=(), tile=128):
     """
     height, width = np.asarray(rows[0][1][0]).shape[1:]
     scale, font = max(1, tile // max(height, width)), ImageFont.load_default(13)
-    cell_h, cell_w = height * scale + 4, width * scale + 4
+    cell_h = height * scale + 4
+    cell_w = max(width * scale + 4, *(int(font.getlength(title)) + 8 for title in titles), 0)
     left, top = 8 + max(int(font.getlength(caption)) for caption, _ in rows), 20 if titles else 0
     columns = max(len(pictures) for _, pictures in rows)
     legend = sum(30 + int(font.getlength(name)) for name in classes[1:])
@@ -490,17 +523,11 @@ def sheet(rows, titles=(), classes=(), tile=128):
     return canvas
 
 
-def listed(names, most=8):
-    """'a, b, c and 5 more', 'none' for nothing."""
-    names = [str(name) for name in names] or ["none"]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def describe(dataset):
     """What was opened and which images were taken: one line, and one for each group of files left out."""
     classes = ", ".join(dataset.classes[1:])
     lines = [f"{dataset.name}: {len(dataset)} images ({dataset.split_rule}), classes {classes}"]
-    return "\n".join(lines + [f"  left out, {note}" for note in dataset.notes])
+    return "\n".join(lines + [f"  {note}" for note in dataset.notes])
 
 
 # --- what every command shares ---
@@ -552,70 +579,122 @@ def run_main(main):
 
 # --- python datasets.py: the audit ---
 
+def in_between(mask):
+    """Whether edges of a mask pass through the values in between, as JPEG and smooth enlarging leave them."""
+    picture = Image.fromarray(np.where(defects(mask), mask, 0))
+    picture = picture.crop(picture.getbbox())
+    low, high = (np.array(picture.filter(kind(5))) for kind in (ImageFilter.MinFilter, ImageFilter.MaxFilter))
+    return ((low < np.array(picture)) & (np.array(picture) < high)).sum() > 0.1 * (low < high).sum()
+
+
+def losses(dataset, finer=1):
+    """Sentences on what is not there to learn: kinds without a photo, classes without a pixel, and defects
+    that vanish at the size, each pixel of which is taken from `finer` squared.
+    """
+    def left(i, multiple=1):            # classes of mask i at a multiple of the size
+        size = [multiple * finer * n for n in dataset.size[::-1]]
+        counts = Image.fromarray(dataset.read_mask(i)).resize(size, Image.NEAREST).histogram()
+        return tuple(k for k in whole[i] if counts[k])
+
+    whole = {i: dataset.classes_in(i) for i in dataset.defective()
+             if dataset.samples[i].mask and dataset.classes_in(i)}
+    here, at_size = dataset.split_rule.split(":")[0], {i: left(i) for i in whole} if dataset.size else whole
+    kinds = dataset.kinds - GOOD_KINDS - {sample.kind for sample in dataset.samples}
+    seen = {0}.union(*at_size.values()) if whole else range(len(dataset.classes))
+    unseen = [name for k, name in enumerate(dataset.classes) if k not in seen]
+    lines = [f"no photo of the kinds {listed(sorted(kinds))} in {here}"] if kinds else []
+    lines += [f"no pixel of the classes {listed(unseen)} in {here}"] if unseen else []
+    if small := [dataset.samples[i].name for i in at_size if at_size[i] != whole[i]]:
+        multiples = (round(2 ** (k / 2)) for k in itertools.count(2))
+        enough = next(n for n in multiples if all(left(i, n) == whole[i] for i in at_size))
+        lines.append("{} of {} masks lose a defect at {}x{}: {}; --size {} {} keeps all".format(
+            len(small), len(at_size), *dataset.size, listed(small, 3), *(enough * n for n in dataset.size)))
+    return lines
+
+
 def audit(dataset):
     """What a data set holds, a dict. "classes": for each, its area in native px on each image that has it."""
     def measure(i):
-        mask = dataset.read(i)[1].numpy()
-        return "{}x{}".format(*mask.shape), np.bincount(mask.ravel(), minlength=len(dataset.classes))
+        mask, sample = dataset.read(i)[1].numpy(), dataset.samples[i]
+        counts = np.bincount(mask[mask != IGNORE], minlength=len(dataset.classes))
+        share = counts[1:].sum() / mask.size
+        doubts = {"the mask is empty": not share and sample.mask and sample.kind not in GOOD_KINDS,
+                  "nearly all of the mask is defect; is it inverted?": share > 0.8,
+                  "edges pass through the classes in between, as JPEG or smooth enlarging leaves them; save "
+                  "masks as PNG, enlarge them by nearest": counts[2:].any() and in_between(mask),
+                  f"{IGNORE} beside class indices is not to be scored": (mask == IGNORE).any()}
+        said = [(sample.name, f"{sample.mask}: {doubt}") for doubt, holds in doubts.items() if holds]
+        return "{}x{}".format(*mask.shape), counts, said
 
     measured = list(in_threads(measure, range(len(dataset))))
-    readable = [(sample, *result) for sample, (result, _) in zip(dataset.samples, measured) if result]
-    pixels = np.array([counts for _, _, counts in readable]).reshape(-1, len(dataset.classes))
+    sizes, counts, doubts = [*zip(*(result for result, _ in measured if result))] or [()] * 3
+    pixels = np.array(counts).reshape(-1, len(dataset.classes))
     present = (pixels[:, 1:] > 0).sum(1)                        # how many classes, on each image
-    empty = [s.name for (s, _, _), n in zip(readable, present) if n == 0 and s.kind not in GOOD_KINDS]
+    problems = [(problem.split(" (")[0], problem) for problem in dataset.problems]
+    problems += [(s.name, error) for s, (_, error) in zip(dataset.samples, measured) if error]
     return {"images": len(dataset), "kinds": Counter(s.kind or "(no kind)" for s in dataset.samples),
-            "sizes": Counter(size for _, size, _ in readable), "empty_masks": empty,
             "classes": {name: area[area > 0].tolist() for name, area in zip(dataset.classes, pixels.T)},
-            "annotated": (present > 0).sum(), "several_classes": (present > 1).sum(),
-            "problems": dataset.problems + [error for _, error in measured if error]}
+            "annotated": (present > 0).sum(), "several_classes": (present > 1).sum(), "sizes": Counter(sizes),
+            "problems": problems, "warnings": losses(dataset) + grouped(itertools.chain(*doubts))}
 
 
 def print_audit(dataset, report):
     """Print one data set's audit: kinds, sizes, a row per class, and what is wrong."""
     print(f"\n{dataset.name}: {len(dataset)} images, {'grey' if dataset.channels == 1 else 'RGB'}")
     print("  images per kind:  " + listed((f"{kind} {n}" for kind, n in report["kinds"].items()), 20))
-    print("  sizes:            " + listed(f"{size} ({n})" for size, n in report["sizes"].most_common()))
+    if dataset.splits:
+        print("  splits:           " + listed(f"{name} {len(part)}" for name, part in dataset.splits.items()))
+    print("  height x width:   " + listed(f"{size} ({n})" for size, n in report["sizes"].most_common()))
     print(f"  {'class':<24}{'pixels':>14}{'share':>10}{'images':>8}   px per image: least, median, most")
     whole = sum(map(sum, report["classes"].values())) or 1
     for k, (name, areas) in enumerate(report["classes"].items()):
         row = f"  {k:>2} {name:<21}{sum(areas):>14}{sum(areas) / whole:>10.3%}{len(areas):>8}"
         print(row + (f"   {min(areas)}, {np.median(areas):.0f}, {max(areas)}" if areas and k else ""))
-    if report["empty_masks"]:
-        print(f"  empty masks ({len(report['empty_masks'])}): {listed(report['empty_masks'])}")
-    for note in dataset.notes:
-        print(f"  left out, {note}")
-    for problem in report["problems"]:
-        print(f"  problem: {problem}")
+    for word, lines in ("", dataset.notes), ("warning: ", report["warnings"]), (
+            "problem: ", grouped(report["problems"])):
+        print(*(f"  {word}{line}\n" for line in lines), sep="", end="")
 
 
-def contact_sheet(dataset, per_kind=4, tile=160):
-    """Images, each beside itself with its mask laid over, defects first; None if nothing can be read."""
+def largest(region):
+    """(top, left, bottom, right) of the largest component of a region, bool (H, W)."""
+    row, start, stop = max(find_components(find_runs(region)), key=lambda runs: (runs[2] - runs[1]).sum())
+    return row.min(), start.min(), row.max() + 1, stop.max()
+
+
+def contact_sheet(dataset, tile=200):
+    """A photo of each class, whole and around its largest defect, without and with the mask; None if none."""
     rows = []
-    kinds = dict.fromkeys(sample.kind for sample in dataset.samples)
-    for kind in sorted(kinds, key=lambda kind: kind in GOOD_KINDS):
-        chosen = [i for i, sample in enumerate(dataset.samples) if sample.kind == kind][:per_kind]
-        pairs = [pair for pair, _ in in_threads(lambda i: dataset.read(i, (tile, tile)), chosen) if pair]
-        pictures = [picture for image, mask in pairs for picture in (image, overlay(image, mask))]
-        rows += [(kind, pictures)] if pairs else []
-    return sheet(rows, classes=dataset.classes, tile=tile) if rows else None
+    for k, name in enumerate(dataset.classes[1:], 1):
+        shown = itertools.islice((i for i in range(len(dataset)) if k in (dataset.classes_in(i) or ())), 3)
+        for image, mask in [pair for pair, _ in in_threads(dataset.read, shown) if pair][:1]:
+            box = np.array(largest(mask.numpy() == k)).reshape(2, 2)
+            reach = max(*(box[1] - box[0]), tile // 8) // 2
+            top, left, bottom, right = [*(box[0] - reach).clip(0), *(box[1] + reach)]
+            pictures = np.broadcast_to(image, (3, *mask.shape)), overlay(image, mask)
+            parts = [*pictures, *(picture[:, top:bottom, left:right] for picture in pictures)]
+            padded = (ImageOps.pad(Image.fromarray(part.transpose(1, 2, 0)), (tile, tile)) for part in parts)
+            rows.append((name, list(map(as_tensor, padded))))
+    return sheet(rows, ("photo", "its mask", "defect", "its mask"), dataset.classes, tile) if rows else None
 
 
 def main():
     parser = argparse.ArgumentParser(
-        description="Audit a data set: what it holds, what is wrong with it, and a contact sheet.",
+        description="Audit a data set: what it holds and what is wrong with it.",
         epilog="Exit status: 0 nothing is wrong, 1 something is.")
     add_data_flags(parser, split=None)
-    parser.add_argument("--sheet", metavar="FILE", type=Path, default=Path("sheet.png"),
-                        help="the contact sheet; of several objects, one each (default: %(default)s)")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="what vanishes at this size")
+    parser.add_argument("--sheet", metavar="FILE", type=Path, help="write a contact sheet: each class, the "
+                        "whole photo and its defect; of several objects, one each")
     args = parser.parse_args()
     objects = find_objects(Path(args.data)) if Path(args.data).is_dir() and not args.object else {}
     names, reports = list(objects) if len(objects) > 1 else [args.object], {}
     for name in names:
         dataset = find_dataset(args.data, name)
         dataset = dataset.part(args.split) if args.split else dataset
+        dataset.size = args.size
         report = reports[name or dataset.name] = audit(dataset)
         print_audit(dataset, report)
-        if picture := contact_sheet(dataset):
+        if args.sheet and (picture := contact_sheet(dataset)):
             ending = "_" + name.replace("/", "_") if len(names) > 1 else ""
             path = args.sheet.with_stem(args.sheet.stem + ending)
             write_image(path, picture)

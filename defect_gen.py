@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from datasets import (has_bf16, open_dataset, overlay, pick_device, run_main, sheet, write_atomically,
-                      write_image)
+from datasets import (IGNORE, has_bf16, open_dataset, overlay, pick_device, run_main, sheet,
+                      write_atomically, write_image)
 from diffusion import noise_for, q_sample, sample, schedule, timesteps, to_x_start
 from unet import UNet, receptive_field
 
@@ -81,7 +81,7 @@ class Joint:
     def encode(self, image, mask):
         """Image uint8 (B, C, H, W) and mask uint8 (B, H, W) -> joint."""
         classes = torch.arange(self.num_classes, device=mask.device).view(1, -1, 1, 1)
-        one_hot = mask.unsqueeze(1) == classes                                             # (B, K, H, W) bool
+        one_hot = mask.where(mask != IGNORE, 0).unsqueeze(1) == classes                    # (B, K, H, W) bool
         return torch.cat([(image.float() - self.mean) * self.scale, one_hot.float() * 2 - 1], dim=1)
 
     def decode(self, joint):

@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from datasets import (describe, has_bf16, open_dataset, overlay, pick_device, run_main, sheet,
-                      write_atomically, write_image, write_json)
+from datasets import (IGNORE, defects, describe, has_bf16, largest, open_dataset, overlay, pick_device,
+                      run_main, sheet, write_atomically, write_image, write_json)
 from defect_gen import STAGES, load_stage
 from diffusion import rng
-from inspect_rules import (STANDARDS, find_components, find_runs, judge, load_standard, read_json, recall_fpr,
-                           verdict, wilson_interval)
+from inspect_rules import (STANDARDS, check_shape, judge, load_standard, read_json, recall_fpr, verdict,
+                           wilson_interval)
 from segment import (build, check_arch, confusion_matrix, draw_table, fit, load_backbone, miou, mix,
                      predict)
 
@@ -132,7 +132,7 @@ def mask_fit(predicted, masks):
 
     A segmenter errs as well: give the mean for real pairs beside.
     """
-    a, b = predicted > 0, masks > 0
+    a, b = (predicted > 0) & (masks != IGNORE), defects(masks)
     return (a & b).flatten(1).sum(1) / (a | b).flatten(1).sum(1)
 
 
@@ -140,10 +140,9 @@ def defect_crops(images, masks, side):
     """Squares (K, C, side, side) around the largest defect of the images that have one; K <= N."""
     crops, size = [], masks.shape[1:]
     for image, mask in zip(images, masks):
-        if mask.any():
-            row, start, stop = max(find_components(find_runs(mask.numpy() > 0)),
-                                   key=lambda runs: (runs[2] - runs[1]).sum())
-            middle = (row.min() + row.max() + 1) // 2, (start.min() + stop.max()) // 2
+        if defects(mask).any():
+            y, x, bottom, right = largest(defects(mask).numpy())
+            middle = (y + bottom) // 2, (x + right) // 2
             top, left = (min(max(0, m - side // 2), n - side) for m, n in zip(middle, size))
             crops.append(image[:, top:top + side, left:left + side])
     return torch.stack(crops) if crops else images.new_zeros(0, images.shape[1], side, side)
@@ -161,8 +160,8 @@ def measure(pairs, seen_masks, training, reference):
     fit = math.nan if seen_masks is None else 100 * mask_fit(seen_masks, masks).nanmean().item()
     return {"patch distance": statistics.mean(sliced_wasserstein(images, reference[0])),
             "grain across": across, "grain along": along,
-            "empty %": 100 * (masks == 0).flatten(1).all(1).double().mean().item(),
-            "defects %": 100 * (masks > 0).double().mean().item(),
+            "empty %": 100 * (1 - defects(masks).flatten(1).any(1).double().mean().item()),
+            "defects %": 100 * defects(masks).double().mean().item(),
             "copies %": 100 * (new < COPY_BELOW).double().mean().item(), "novelty": new.median().item(),
             "defect novelty": novelty(*crops).median().item() if len(crops[0]) else math.nan,
             "shape": shape_distance(images, reference[0]).mean().item(), "mask fit %": fit}
@@ -227,15 +226,15 @@ class Run:
     def original(self):
         """The training images with one coarse class, as in older data sets, and where that comes from."""
         spec = self.args.original or (f"{self.data}:original" if self.data.startswith("drawn:") else None)
-        if spec is None:
-            return (self.real[0], (self.real[1] > 0).byte()), "the exact masks with all classes merged"
-        older = open_dataset(spec, self.size)
-        place = {sample.name: i for i, sample in enumerate(older.samples)}
-        missing = [sample.name for sample in self.train.samples if sample.name not in place]
-        if missing:
-            raise ValueError(f"--original {spec}: {len(missing)} training images are missing: {missing[0]}")
-        images, masks = older.subset([place[sample.name] for sample in self.train.samples]).tensors()
-        return (images, (masks > 0).byte()), f"those of {spec}"
+        (images, masks), source = self.real, "the exact masks with all classes merged"
+        if spec:
+            older, source = open_dataset(spec, self.size), f"those of {spec}"
+            place = {sample.name: i for i, sample in enumerate(older.samples)}
+            if missing := [sample.name for sample in self.train.samples if sample.name not in place]:
+                raise ValueError(f"--original {spec}: {len(missing)} training images are missing: "
+                                 f"{missing[0]}")
+            images, masks = older.subset([place[sample.name] for sample in self.train.samples]).tensors()
+        return (images, masks.clamp(max=1).where(masks != IGNORE, IGNORE)), source
 
     def pool(self, name):
         """Images, masks, table to draw by, number of classes. Pools differ in what they are named for alone:
@@ -281,7 +280,7 @@ def not_run(title, why):
 
 def class_shares(masks, num_classes):
     """Cells: % of empty masks, then for each class % of pixels (% of images that have it)."""
-    cells = [f"{100 * (masks == 0).flatten(1).all(1).double().mean():.0f}"]
+    cells = [f"{100 * (~defects(masks)).flatten(1).all(1).double().mean():.0f}"]
     for k in range(1, num_classes):
         here = masks == k
         cells.append(f"{100 * here.double().mean():.2f} ({100 * here.flatten(1).any(1).double().mean():.0f})")
@@ -341,7 +340,7 @@ def generation(run, progress):
     shares = [[name, *class_shares(masks, len(run.classes))] for name, masks in
               (("training", train[1]), ("held out", test[1]), ("generated", run.generated[1]))]
     figures = generation_figures(run, train, training, test)
-    return {"title": "Generation", "numbers": numbers, "figures": figures,
+    return {"title": "Generation", "numbers": numbers, "figures": figures, "wrong": faults(numbers),
             "tables": [{"caption": "Pairs", "head": ["", *numbers], "rows": rows},
                        {"caption": "Masks: % of pixels (% of images that have it)", "rows": shares,
                         "head": ["set", "% empty", *run.classes[1:]]}],
@@ -355,6 +354,17 @@ def generation(run, progress):
                      "novelty: the same around the largest defect. Shape: distance of the outlines, real "
                      f"ones have 1. Mask fit: IoU with what {INSPECTOR} sees after {steps} steps on the "
                      f"reference (if it has {JUDGE_NEEDS} images): the judge has seen no training image."]}
+
+
+def faults(numbers):
+    """Sentences on what is wrong with the pairs at first sight: the report begins with them."""
+    real, fit, empty, copies = (
+        statistics.mean(part[f"{measure} %"] for part in numbers[of]) for of, measure in (
+            ("other real images", "mask fit"), *(("generated", m) for m in ("mask fit", "empty", "copies"))))
+    found = {f"{empty:.0f} % of the masks are empty: train longer, or draw with --min-area-px 1.": empty > 50,
+             f"{copies:.0f} % of the pairs copy a training photo.": copies > 50,
+             f"Masks fit their pictures to {fit:.0f} %, those of real ones to {real:.0f} %.": fit < real / 2}
+    return [sentence for sentence, holds in found.items() if holds]
 
 
 def generation_figures(run, train, training, test):
@@ -420,6 +430,9 @@ def inspection(run, progress):
         return not_run("Inspection", f"no standard for {name}; see docs/rules.md and --standard")
     standard = load_standard(given, run.classes)
     natives = [run.test.read_mask(i) for i in range(len(run.test))]
+    for sample, mask in zip(run.test.samples, natives):
+        if standard.native_size:
+            check_shape(mask.shape, standard.native_size, f"--standard {given}, {sample.name}")
     truth = [verdict(judge(mask, standard, run.classes)) for mask in natives]
     progress(f"{truth.count('reject')} of {len(truth)} are to be rejected by their exact masks")
     numbers = {}
@@ -490,14 +503,19 @@ STYLE = """
 :root { color-scheme: light dark; --line: #8886 }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem }
 h1 { font-size: 1.5rem; overflow-wrap: anywhere }
+.wrong { border-left: .3rem solid #d33; padding-left: .7rem; font-weight: 600 }
 h2 { margin-top: 2.5rem; border-bottom: 2px solid var(--line) }
-.wide { overflow-x: auto; margin: .2rem 0 1rem }
+/* a shade at the right where more is hidden */
+.wide { overflow-x: auto; margin: .2rem 0 1rem; background:
+  linear-gradient(to left, Canvas 50%, #0000) 100% 0 / 3rem 100% no-repeat local,
+  linear-gradient(to left, #8889, #0000) 100% 0 / 1rem 100% no-repeat }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
 h3 { font-size: 1rem; margin: 1.2rem 0 0 }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left; padding-left: 0 }
 img { max-width: 100%; height: auto; background: #fff }
 figure { margin: 1.2rem 0 }
+@media (max-width: 62rem) { img { max-width: none } }       /* a picture scrolls rather than shrinks */
 """
 
 
@@ -517,6 +535,8 @@ def write_report(folder, metrics):
     parts = ["<!doctype html><html lang=en><head><meta charset=utf-8>",
              "<meta name=viewport content='width=device-width,initial-scale=1'>",
              f"<title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>"]
+    wrong = [sentence for result in metrics.values() for sentence in result.get("wrong", ())]
+    parts += [f"<p class=wrong>{html.escape(sentence)}</p>" for sentence in wrong]
     for result in metrics.values():
         parts.append(f"<h2>{html.escape(result['title'])}</h2>")
         parts += [html_table(table) for table in result["tables"]]
@@ -524,8 +544,8 @@ def write_report(folder, metrics):
         for figure in result["figures"]:
             data = base64.b64encode((folder / "figures" / figure["file"]).read_bytes()).decode()
             caption = html.escape(figure["caption"])
-            parts.append(f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
-                         f"<figcaption>{caption}</figcaption></figure>")
+            parts.append(f'<figure><div class=wide tabindex=0><img alt="{caption}" src="data:image/png;'
+                         f'base64,{data}"></div><figcaption>{caption}</figcaption></figure>')
         settings = "; ".join(f"{name}: {value}" for name, value in result["settings"].items())
         parts.append(f"<p><small>{html.escape(settings)}</small></p>")
     write_atomically(folder / "report.html", lambda p: p.write_text("\n".join(parts), encoding="utf-8"))
@@ -592,7 +612,7 @@ def evaluate(args):
         write_report(run.folder, metrics)
         for table in result["tables"]:
             print_table(table)
-        print(*result["text"], sep="\n")
+        print(*result["text"], *result.get("wrong", ()), sep="\n")
     print(f"report: {run.folder / 'report.html'}")
 
 

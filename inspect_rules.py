@@ -2,6 +2,7 @@
 
     python inspect_rules.py                                                 the standards, an example
     python inspect_rules.py --standard pill --masks DIR --csv findings.csv  judge a folder: docs/rules.md
+    python inspect_rules.py --standard FILE --data FOLDER                   the masks that datasets.py reads
 
 A rule names classes, whose pixels count together, and one limit: "max_" + a measure, of all that is in the
 image or of each component: pixels that touch at a side or a corner. Conventions that bite:
@@ -18,17 +19,21 @@ import csv
 import itertools
 import json
 import math
+import re
 import sys
 import textwrap
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
+
+IGNORE = 255        # a mask's value beside class indices: not to be scored, never a defect
 
 # Class tables of the published Defect Spectrum masks: a pixel's value is an index into its object's tuple.
 LABELS = {
@@ -157,20 +162,21 @@ def judge(mask, standard, classes, image="mask", native_size=None) -> list[Findi
     A rule per image gives one finding if its classes are there; a rule per component gives one for each
     component that is rejected, or one for its largest if none is. verdict(findings) is the decision.
 
-    mask: (H, W) integers of any size, index into classes (tuple of names); 0 = background.
+    mask: (H, W) integers of any size, index into classes (tuple of names); 0 = background, 255 = IGNORE.
     native_size: (height, width) of the photo where the standard's is "mask" and this mask was resized.
     Raises ValueError naming the image: not an index mask of these classes, or an unnamed class is an error.
     """
     mask = np.asarray(mask)
     if mask.ndim != 2 or mask.size == 0 or not np.issubdtype(mask.dtype, np.integer):
         raise ValueError(f"{image}: a mask is (H, W) integers, not empty, not {mask.shape} of {mask.dtype}")
-    if mask.min() < 0 or mask.max() >= len(classes):
-        raise ValueError(f"{image}: mask has values {mask.min()} to {mask.max()}, but the class table has "
+    unknown = mask[(mask < 0) | (mask >= len(classes)) & (mask != IGNORE)]
+    if unknown.size:
+        raise ValueError(f"{image}: mask has values {mask.min()} to {unknown.max()}, but the class table has "
                          f"0 to {len(classes) - 1} ({', '.join(classes)})")
     check_classes(standard, classes, f"standard {standard.name!r}")
     height, width = standard.native_size or native_size or mask.shape
     pixel = high, wide = Fraction(int(height), mask.shape[0]), Fraction(int(width), mask.shape[1])
-    present = {classes[i] for i in np.unique(mask)}
+    present = {classes[i] for i in np.unique(mask) if i < len(classes)}             # IGNORE is none
     named = {c for rule in standard.rules for c in rule.classes}
     unnamed = [c for c in classes[1:] if c in present - named]
     if unnamed and standard.unnamed == "error":
@@ -302,8 +308,7 @@ def _check(data, where, required, optional):
         size = [type(n) for n in items] == [int, int] and 0 < min(items) <= max(items) < 10**6
         text = isinstance(value, str) and value.strip(), "a text"
         fits, wanted = {
-            "object": text,
-            "name": text,
+            "object": text, "name": text,
             "native_size": (size or value == "mask", '[height, width] in whole pixels, or "mask"'),
             "unnamed": (value in ("reject", "accept", "error"), '"reject", "accept" or "error"'),
             "px_per_mm": (number and value > 0, "a number > 0"),
@@ -328,7 +333,7 @@ def check_shape(shape, native_size, where, squashed=False):
     (h, w), (height, width) = shape, native_size
     turned = abs(h * height - w * width) < height + width         # give or take a pixel of rounding
     if abs(h * width - w * height) >= height + width and (turned or not squashed):
-        remedy = ", of another shape; pass --squashed if it is the whole photo"
+        remedy = ", of another shape; inspect_rules.py --squashed takes it as the whole photo"
         if turned:
             remedy = ": swapped? correct native_size, or turn the mask"
         sizes = f"mask is {list(shape)}, native_size {list(native_size)} [height, width]"
@@ -344,32 +349,59 @@ def read_json(path):
 
 
 def read_classes(path) -> tuple:
-    """classes.json, {"0": "background", "1": "crack", ...} -> ("background", "crack", ...)."""
-    table = read_json(path)
-    names = [table.get(str(i)) for i in range(len(table))] if isinstance(table, dict) else []
-    texts = all(isinstance(c, str) and c for c in names)
+    """classes.json, {"0": "background", "1": "crack", ...} or the names in a list -> a tuple of names."""
+    names = table = read_json(path)
+    if isinstance(table, dict):
+        names = [table.get(str(i)) for i in range(len(table))]
+    texts = isinstance(names, list) and all(isinstance(c, str) and c for c in names)
     if not texts or names[:1] != ["background"] or len(set(names)) < len(names):
         raise ValueError(f'{path}: expected {{"0": "background", "1": "crack", ...}}, no gaps, no repeats, '
                          f"not {repr(table)[:60]}")
     return tuple(names)
 
 
-def read_mask(path, classes=()) -> np.ndarray:
-    """(H, W) class indices of a picture of one channel: 8- or 16-bit grey, or palette (indices, not colours).
+def read_mask(path, classes=(), label=None) -> np.ndarray:
+    """(H, W) class indices of a picture of one channel, or of equal ones: grey, 16 bits, palette (indices).
 
-    Raises: ValueError naming the file: no image, several channels, only 0 and 255 (unless classes reach 255).
+    label: the class of the pixels from 128 on of a mask in black and white.
+    Raises: ValueError naming the file: no image, colours, only 0 and 255 (without label or a class 255).
     """
     try:
         with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if label is not None and image.mode in ("1", "P"):
+                image = image.convert("L")                        # what its palette shows
             mode, mask = image.mode, np.array(image)
     except Exception as error:      # pillow raises many types for a damaged file; to the user they are one
         raise ValueError(f"{path}: cannot be read as an image: {error}") from None
+    if mode == "RGBA" and mask[..., 3].min() == 255:
+        mode, mask = "RGB", mask[..., :3]
+    if mode == "RGB" and (mask == mask[..., :1]).all():
+        mode, mask = "L", mask[..., 0]
     if mode not in ("1", "L", "P", "I", "I;16"):
         raise ValueError(f"{path}: is {mode}, but a mask has one channel, whose values are class indices")
+    if label is not None:
+        return (mask >= 128) * label
     top = int(mask.max())
     if mode == "1" or (top in (255, 65535) and top >= len(classes) and np.isin(mask, (0, top)).all()):
         raise ValueError(f"{path}: is a binary 0/255 mask; values must be class indices 0, 1, 2, ...")
     return mask
+
+
+def listed(names, most=8):
+    """'a, b, c and 5 more', 'none' for nothing."""
+    names = [str(name) for name in names] or ["none"]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def grouped(named):
+    """The sentences of [(name, sentence), ...]; those that differ in paths and numbers alone are one."""
+    groups = {}
+    for name, sentence in named:
+        groups.setdefault(re.sub(r"\S*[/\\]\S*|[\d, ]+", "", sentence), {})[name] = sentence
+    many = "{} files, {}; of the first: ".format
+    return [(many(len(group), listed(group, 3)) if len(group) > 1 else "") + next(iter(group.values()))
+            for group in groups.values()]
 
 
 # --- how good verdicts are ---
@@ -441,33 +473,47 @@ def show_standards():
     print("\nNext: python inspect_rules.py --standard pill --masks DIR --csv findings.csv")
 
 
+def open_masks(args, standard):
+    """(class table, its source, {image: (file, reader of its mask, of its photo)}) of --masks or --data."""
+    if args.masks:
+        masks = find_masks(Path(args.masks))
+        classes, source = find_classes(Path(args.masks).resolve(), standard, args.classes)
+        return classes, source, {image: (path, partial(read_mask, path, classes), partial(find_photo, path))
+                                 for image, path in masks.items()}
+    import datasets                 # not above: it imports this module, and torch, which --masks is without
+    data = datasets.open_dataset(args.data, object=args.object)
+    return data.classes, args.data, {
+        name: (mask or name, partial(data.read_mask, i), partial(read_photo, photo))
+        for i, (name, photo, mask, *_) in enumerate(data.samples)}
+
+
 def inspect_folder(args) -> int:
-    """Judge every mask of --masks; print, draw and write the findings. Returns the exit status."""
-    folder = Path(args.masks).resolve()
+    """Judge every mask of --masks or --data; print, draw and write the findings. Returns the exit status."""
+    folder = Path(args.masks or args.data).resolve()
     if args.overlay and Path(args.overlay).resolve().is_relative_to(folder):
-        raise ValueError(f"--overlay {args.overlay} is inside --masks; its pictures would be read as masks")
-    standard, masks = load_standard(args.standard), find_masks(Path(args.masks))
-    classes, source = find_classes(folder, standard, args.classes)
+        raise ValueError(f"--overlay {args.overlay} is inside {folder}; its pictures would be read as masks")
+    standard = load_standard(args.standard)
+    classes, source, masks = open_masks(args, standard)
     check_classes(standard, classes, args.standard)
     print(f"class table: {source}")
     for path in filter(None, (args.csv, args.json)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     rows, verdicts, errors = [], {}, {}
-    for image, path in masks.items():
+    for image, (path, read, photo) in masks.items():
         try:
-            mask = read_mask(path, classes)
+            mask = read()
             if standard.native_size:
                 check_shape(mask.shape, standard.native_size, path, args.squashed)
             findings = judge(mask, standard, classes, image)
+            if args.overlay and findings:
+                target = Path(args.overlay) / f"{image}_verdict.png"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                draw_overlay(mask, findings, photo()).save(target)
         except ValueError as error:                               # a bad mask does not cost the others
             errors[image] = str(error)
             continue
         verdicts[image] = verdict(findings)
         print(f"{image}: {verdicts[image]}", *findings, sep="\n    ")
-        if args.overlay and findings:
-            target = Path(args.overlay) / f"{image}_verdict.png"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            draw_overlay(mask, findings, find_photo(path)).save(target)
         scale = math.prod(standard.native_size or mask.shape) / mask.size
         none = image, "(no defect)", 0.0, None, "accept", "", "area_px", "image", 0.0, *[None] * 5, 0, scale
         rows += [finding.row() for finding in findings] or [none]
@@ -484,7 +530,7 @@ def inspect_folder(args) -> int:
     counts = Counter(verdicts.values())
     print(f"{standard.name} standard: {counts['accept']} accepted, {counts['reject']} rejected, "
           f"{len(errors)} not judged")
-    for error in errors.values():
+    for error in grouped(errors.items()):
         print(f"error: {error}", file=sys.stderr)
     return 2 if errors else int(counts["reject"] > 0)
 
@@ -495,15 +541,20 @@ COLOURS = {"accept": (40, 220, 80), "reject": (255, 60, 60)}
 SHOWN = 12                          # findings that are numbered and explained
 
 
+def read_photo(path):
+    """A photo as RGB; None where it is missing or damaged."""
+    with suppress(Exception), Image.open(path) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
 def find_photo(path):
     """image/<kind>/<stem>.* of mask/<kind>/<stem>_mask.png, as RGB; None where none can be read."""
     for folder in path.parents:
         if folder.name in ("mask", "masks"):
             photos = folder.with_name(folder.name.replace("mask", "image")) / path.parent.relative_to(folder)
             for suffix in (".png", ".jpg", ".jpeg", ".bmp", ".tif"):
-                photo = photos / (path.stem.removesuffix("_mask") + suffix)
-                with suppress(Exception), Image.open(photo) as image:     # missing, damaged: None will do
-                    return ImageOps.exif_transpose(image).convert("RGB")
+                if photo := read_photo(photos / (path.stem.removesuffix("_mask") + suffix)):
+                    return photo
     return None
 
 
@@ -556,6 +607,8 @@ def main(argv=None) -> int:
     add = parser.add_argument
     add("--standard", metavar="NAME|FILE", help=f"built-in standard ({', '.join(STANDARDS)}) or a JSON file")
     add("--masks", metavar="DIR", help="masks at any depth; those in mask/ folders if there are any")
+    add("--data", metavar="FOLDER", help="instead of --masks: a data set, whatever datasets.py reads")
+    add("--object", help="the object to judge when --data holds one folder per object")
     add("--classes", metavar="FILE", help="class table (default: classes.json near the masks, else built in)")
     add("--squashed", action="store_true", help="take masks of other proportions: each shows the whole photo")
     add("--csv", metavar="FILE", help="write the findings, at least one row per image")
@@ -565,8 +618,8 @@ def main(argv=None) -> int:
     if not any(vars(args).values()):
         show_standards()
         return 0
-    if not (args.standard and args.masks):
-        parser.error("--standard and --masks go together")
+    if not args.standard or bool(args.masks) == bool(args.data):
+        parser.error("--standard and --masks, or --standard and --data, go together")
     try:
         return inspect_folder(args)
     except (ValueError, OSError) as error:

@@ -21,11 +21,10 @@ import torchvision
 from torch import nn
 from tqdm import tqdm
 
-from datasets import (add_data_flags, as_tensor, describe, has_bf16, images_in, listed, open_dataset,
-                      open_picture, overlay, pair_paths, pick_device, run_main, sheet, to_mode,
-                      write_atomically, write_classes, write_image, write_json)
+from datasets import (IGNORE, add_data_flags, as_tensor, defects, describe, has_bf16, images_in, listed,
+                      open_dataset, open_picture, overlay, pair_paths, pick_device, run_main, sheet, to_mode,
+                      white_of, write_atomically, write_classes, write_image, write_json)
 
-IGNORE = 255
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -361,7 +360,7 @@ def to_input(images: torch.Tensor) -> torch.Tensor:
 
 def draw_table(masks: torch.Tensor) -> torch.Tensor:
     """(rows, N): a row for each defect class that occurs, and one for none: 1 for the images that have it."""
-    defect = (masks > 0) & (masks != IGNORE)
+    defect = defects(masks)
     has = [(masks == k).flatten(1).any(1) for k in masks[defect].unique()]
     rows = torch.stack([~defect.flatten(1).any(1), *has]).float().cpu()
     return rows[rows.any(1)]
@@ -533,10 +532,11 @@ def predict_photos(args):
     if not photos:
         raise ValueError(f"--predict {args.predict}: no photos in this folder, or no such folder")
     write_classes(out, classes)
+    white = white_of(photos.values())
     for (kind, stem), path in tqdm(photos.items(), unit="photo"):
         mask_path = pair_paths(out, stem, kind)[1]
         if not mask_path.exists():
-            image = as_tensor(to_mode(open_picture(path), 3))
+            image = as_tensor(to_mode(open_picture(path), 3, white))
             mask = masks_of(image[None])[0]
             write_image(out / "overlay" / kind / f"{stem}.png", overlay(image, mask))
             write_image(mask_path, mask[None])

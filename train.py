@@ -27,8 +27,9 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from datasets import (AUGMENTATIONS, add_data_flags, augment, describe, has_bf16, open_dataset, overlay,
-                      pick_device, run_main, sheet, write_atomically, write_image, write_json)
+from datasets import (AUGMENTATIONS, add_data_flags, augment, defects, describe, has_bf16, losses,
+                      open_dataset, overlay, pick_device, run_main, sheet, write_atomically, write_image,
+                      write_json)
 from defect_gen import (STAGES, SWITCH_T, Joint, checkpoints, image_statistics, load_stage,
                         save_stage)
 from diffusion import (TARGETS, WEIGHTINGS, q_sample, rng, sample, schedule, time_weights, timesteps,
@@ -134,9 +135,9 @@ def order(num_images, start, count, seed):
 def window(mask, side, defect_share, generator):
     """(rows, columns) of a random window of `side` px; so many are laid over a pixel of a defect."""
     least, most = [0, 0], [max(0, n - side) for n in mask.shape]
-    defects = mask.nonzero()
-    if len(defects) and torch.rand((), generator=generator) < defect_share:
-        pixel = defects[torch.randint(len(defects), (), generator=generator)].tolist()
+    pixels = defects(mask).nonzero()
+    if len(pixels) and torch.rand((), generator=generator) < defect_share:
+        pixel = pixels[torch.randint(len(pixels), (), generator=generator)].tolist()
         least = [min(max(0, p - side + 1), n) for p, n in zip(pixel, most)]
         most = [min(p, n) for p, n in zip(pixel, most)]
     starts = [int(torch.randint(a, b + 1, (), generator=generator)) for a, b in zip(least, most)]
@@ -216,6 +217,8 @@ def prepare(args, processes):
     dataset = dataset.subset(dataset.defective())
     if not len(dataset):
         raise ValueError(f"--data {args.data}, split {args.split}: no photo has a defect to learn")
+    for sentence in losses(dataset, FINER if args.soft_masks else 1):
+        print(f"warning: {sentence}")
     network = dict(args.network)
     if args.depth is not None:                  # the preset's first levels; beyond them copies of its last
         widths = network["multipliers"]
@@ -417,7 +420,7 @@ def train(args):
         return 128 + received[0]
     other = "small" if args.stage == "large" else "large"
     other_trained = checkpoints(Path(args.out) / other)
-    again = f"the same command with --stage {other}"
+    again = f"the same command with --stage {other}{', without --resume' if args.resume else ''}"
     print("next:", f"python sample.py --run {args.out}" if other_trained else again)
 
 

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import threading
@@ -116,8 +117,8 @@ def test_each_layout_is_read_pixel_for_pixel_resized_split_by_a_rule_and_counted
         victim.write_bytes(victim.read_bytes()[:-40])
     sentence = f"(?s)2 of {count} samples of .* cannot be used.*{victims[0]}.*{victims[1]}"
     says(sentence, open_dataset(root, (16, 20)).tensors)
-    report = audit(data)
-    assert all(str(victim) in problem for victim, problem in zip(victims, report["problems"], strict=True))
+    report = audit(open_dataset(root))
+    assert all(str(path) in problem for path, (_, problem) in zip(victims, report["problems"], strict=True))
     assert sum(report["sizes"].values()) == count - 2
 
 
@@ -179,7 +180,7 @@ def test_split_json_wins_and_its_names_do_not_leave_the_folder(tmp_path):
     splits = {"train": ["dirt/002"], "test": ["crack/000", "good/000"], "none": []}
     write_json(root / "split.json", splits)
     assert names(root, split="test") == splits["test"]
-    assert open_dataset(root, split="test").split_rule == "split test: split.json"
+    assert open_dataset(root, split="test").split_rule == "split test: split.json or folders"
     write_json(root / "split.json", {"test": splits["test"][::-1]})     # the order of a list changes nothing
     assert names(root, split="test") == splits["test"]
     write_json(root / "split.json", splits)
@@ -340,7 +341,10 @@ PALETTE.putpalette([9] * 768)
                                               r"\(background, crack, dirt\); add what is missing to classes"),
     ("defect spectrum", np.ones((20, 32)), "is 24x32 but its mask is 20x32; they must have the same size"),
     ("mvtec", np.tile([0, 127, 128, 255], (24, 8)), np.tile([0, 0, 2, 2], (24, 8))),
-    ("mvtec", PHOTO, "a 0/255 mask has one channel, this one is RGB")])
+    ("defect spectrum", np.full((24, 32, 3), 2), 2),                            # equal channels
+    ("mvtec", np.full((24, 32, 3), 200), 2),
+    ("defect spectrum", np.tile([0, 2, 255, 2], (24, 8)), np.tile([0, 2, 255, 2], (24, 8))),    # 255: ignored
+    ("mvtec", PHOTO, "is RGB")])
 def test_masks_are_read_as_indices_or_from_128_on_and_wrong_ones_are_named(tmp_path, layout, mask, expected):
     save(build(tmp_path, layout, count=1)["dirt/000"][1], mask)
     data = open_dataset(tmp_path, (16, 16))
@@ -439,15 +443,121 @@ def test_the_command_audits_every_object_names_what_is_wrong_and_goes_on(tmp_pat
     save(tmp_path / "a/mask/crack/001_mask.png", np.zeros((24, 32)))
     save(tmp_path / "a/image/dirt/003.png", b"x")
     save(tmp_path / "a/mask/crack/99_mask.png", np.ones((24, 32)))
-    command = ["datasets.py", "--data", str(tmp_path), "--sheet", str(tmp_path / "sheet.png")]
+    command = ["datasets.py", "--data", str(tmp_path)]
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", command)
     assert datasets.main() == 1
     lines = capsys.readouterr().out.splitlines()
+    assert not list(tmp_path.glob("*.png"))                     # pictures are written where told
     problems = [line for line in lines if line.startswith("  problem: ")]
     for words in "000_mask.png: mask has the values [7]", "003.png: cannot be read", "99_mask.png (no image)":
         assert [words in problem for problem in problems].count(True) == 1
-    assert "  empty masks (1): crack/001" in lines
+    assert sum(line.endswith("crack/001_mask.png: the mask is empty") for line in lines) == 1
     assert lines[-2].split() == ["a", "12", "5", "0", "3"] and lines[-1].split() == ["b", "12", "8", "0", "0"]
-    assert picture(tmp_path / "sheet_a.png").shape[1] == picture(tmp_path / "sheet_b.png").shape[1] > 8 * 160
+    command += ["--sheet", str(tmp_path / "sheet.png")]
+    assert datasets.main() == 1
+    assert picture(tmp_path / "sheet_a.png").shape[1] == picture(tmp_path / "sheet_b.png").shape[1] > 4 * 200
     command += ["--object", "b"]
     assert datasets.main() == 0 and (tmp_path / "sheet.png").exists()
+
+
+# --- the audit: what looks wrong is asked about ---
+
+def square(value, top=40, left=50, side=20, size=(96, 128)):
+    mask = np.zeros(size, np.uint8)
+    mask[top:top + side, left:left + side] = value
+    return mask
+
+
+def enlarged(how):
+    return Image.fromarray(square(5)).resize((32, 24), Image.NEAREST).resize((128, 96), how)
+
+
+@pytest.mark.parametrize("mask, words", [
+    (enlarged(Image.BILINEAR), "edges pass through the classes in between"), (enlarged(Image.NEAREST), None),
+    (Image.open(io.BytesIO(encoded(Image.fromarray(square(5)), "JPEG"))), "edges pass through"),
+    (1 - square(1), "nearly all of the mask is defect; is it inverted?"), (square(5, 0, 0, 84), None),
+    (square(1) | square(2, 10, 70) | square(255, 0, 0), "255 beside class indices is not to be scored")])
+def test_the_audit_asks_once_about_masks_that_look_wrong_with_count_and_three_examples(tmp_path, mask, words):
+    for n in range(5):
+        save(tmp_path / f"images/{n}.png", PHOTO.resize((128, 96)))
+        save(tmp_path / f"masks/{n}.png", mask)
+    write_classes(tmp_path, ["background", *"abcdefghi"])
+    warnings = [line for line in audit(open_dataset(tmp_path))["warnings"] if "no pixel" not in line]
+    assert len(warnings) == (words is not None)
+    assert all(line.startswith("5 files, 0, 1, 2 and 2 more; of the first: ") and words in line
+               for line in warnings)
+
+
+def test_ignored_pixels_are_no_class_no_defect_and_grey(tmp_path):
+    for n, value in enumerate((1, 2, 0)):
+        save(tmp_path / f"images/{n}.png", PHOTO.resize((128, 96)))
+        save(tmp_path / f"masks/{n}.png", square(value) | square(255 if value else 0, 0, 0))
+    data = open_dataset(tmp_path, (48, 64))
+    assert data.classes == ("background", "class_1", "class_2") and data.defective() == [0, 1]
+    image, mask = data[0]
+    assert [(mask == k).sum().item() for k in (1, 255)] == [100, 100]           # carried through resizing
+    assert (colorize(mask)[:, mask == 255] == 128).all()
+    assert audit(data)["classes"] == {"background": [96 * 128 - 800] * 2 + [96 * 128], "class_1": [400],
+                                      "class_2": [400]}
+
+
+def test_photos_of_12_bits_are_read_at_one_depth_for_the_whole_set_which_is_said(tmp_path):
+    for n, value in enumerate((200, 4000)):                     # alone the first would be taken for 8 bits
+        save(tmp_path / f"image/good/{n}.png", Image.fromarray(np.full((8, 8), value, np.uint16)))
+    data = open_dataset(tmp_path)
+    assert [data[i][0].max().item() for i in (0, 1)] == [round(200 / 4095 * 255), round(4000 / 4095 * 255)]
+    assert "16-bit photos hold 12 bits: 4095 is white" in datasets.describe(data)
+
+
+def test_what_a_size_and_a_split_lose_is_counted_with_the_size_that_keeps_it(tmp_path):
+    for n, side in enumerate((2, 3, 40)):
+        save(tmp_path / f"image/{'ab'[n > 1]}/{n}.png", PHOTO.resize((128, 96)))
+        save(tmp_path / f"mask/{'ab'[n > 1]}/{n}_mask.png", square(1 + n // 2, 41, 51, side))
+    write_classes(tmp_path, CLASSES)
+    write_json(tmp_path / "split.json", {"train": ["a/0", "a/1"], "test": ["b/2"]})
+    assert datasets.losses(open_dataset(tmp_path)) == []
+    *lost, small = datasets.losses(open_dataset(tmp_path, (12, 16), "train"))
+    assert lost == ["no photo of the kinds b in split train",
+                    "no pixel of the classes crack, dirt in split train"]
+    words = "2 of 2 masks lose a defect at 12x16: a/0, a/1; --size (.*) (.*) keeps all"
+    height, width = map(int, re.fullmatch(words, small).groups())
+    assert all(open_dataset(tmp_path, (height, width), "train")[i][1].any() for i in (0, 1)) and height < 96
+
+
+@pytest.mark.parametrize("folders, splits", [
+    (("train", "val"), {"train": 3, "val": 3, "test": 3}),
+    (("Training/crack", "test/good"), {"train": 3, "test": 3}),
+    (("train", "crack"), {})])                                  # beside a kind it is a kind
+def test_folders_called_train_val_test_are_splits_unless_split_json_says_otherwise(tmp_path, folders, splits):
+    for folder, n in ((folder, n) for folder in folders for n in range(3)):
+        save(tmp_path / f"images/{folder}/{n}.png", PIXELS)
+        save(tmp_path / f"masks/{folder}/{n}.png", np.eye(24, 32))
+    data = open_dataset(tmp_path)
+    assert {name: len(part) for name, part in data.splits.items()} == splits
+    inside = {folder.partition("/")[2] if splits else folder for folder in folders}
+    assert data.kinds == inside and len(open_dataset(tmp_path, split="train")) == (3 if splits else 6)
+    write_json(tmp_path / "split.json", {"train": [f"{folders[0]}/0"]})
+    assert names(tmp_path, split="train") == [f"{folders[0]}/0"]
+
+
+def test_json_of_windows_and_system_files_are_read_past(tmp_path):
+    root = make_data(tmp_path / "bolt", count=2)
+    shutil.copytree(root, tmp_path / "__MACOSX/bolt")
+    for name in "Thumbs.db", "desktop.ini", ".DS_Store":
+        (root / "image/crack" / name).write_text("x")
+    (root / "split.json").write_bytes('\ufeff{"train":\r\n["crack\\\\000.PNG", "dirt/001"]}'.encode())
+    (root / "classes.json").write_bytes('\ufeff["background",\r\n"tear", "stain"]'.encode())
+    data = open_dataset(tmp_path, split="train")
+    assert [sample.name for sample in data.samples] == ["crack/000", "dirt/001"]
+    assert data.classes == ("background", "tear", "stain")
+
+
+def test_the_contact_sheet_shows_each_class_whole_and_zoomed_to_its_defect(tmp_path):
+    for n, value in enumerate((1, 1, 2)):
+        save(tmp_path / f"images/{n}.png", np.full((300, 400), 90))
+        save(tmp_path / f"masks/{n}.png", square(value, 250, 350, 12, (300, 400)))
+    sheet = np.array(datasets.contact_sheet(open_dataset(tmp_path), tile=200))
+    reds, greens = ((sheet[20:-24] == overlay([[[90]]], [[k]]).ravel()).all(-1) for k in (1, 2))
+    assert 1000 < reds[:, -204:].sum() > 20 * reds[:, :-204].sum() > 0          # of 200x200; in the whole 36
+    assert greens.sum() == reds.sum() and greens[:204].sum() == reds[204:].sum() == 0

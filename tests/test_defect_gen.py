@@ -28,6 +28,8 @@ def test_decode_inverts_encode(channels, num_classes):
     again_image, again_mask = way.decode(joint)
     assert torch.equal(again_image, image) and torch.equal(again_mask, mask)            # every grey level
     assert again_image.dtype == again_mask.dtype == torch.uint8
+    ignored = way.encode(image, torch.where(mask == 0, 255, mask).byte())               # as background
+    assert torch.equal(ignored, joint)
     assert torch.equal(way.decode(3 * joint)[1], mask) and way.decode(3 * joint)[0].max() == 255
     low, high = way.limits                      # black and white, background and class: no x_0 is beyond
     assert torch.equal(joint.clamp(low, high), joint) and torch.equal(joint.amax((0, 2, 3)), high.flatten())

@@ -122,7 +122,7 @@ def test_mask_fit_is_the_overlap_of_any_defect():
     masks, seen = torch.zeros(4, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, 4, dtype=torch.uint8)
     masks[0, :2], seen[0, :2] = 1, 2                                # the same place, another class
     masks[1, :2], seen[1, 1:3] = 1, 1                               # 4 of 12 pixels
-    masks[2, 0] = 3
+    masks[2, 0], masks[:, 3], seen[:, 3] = 3, 255, 1                # where masks are ignored, all is well
     fit = mask_fit(seen, masks)
     assert torch.equal(fit[:3], torch.tensor([1, 1 / 3, 0])) and fit[3].isnan()
 
@@ -144,7 +144,7 @@ def test_a_copier_is_exposed_and_held_out_pictures_are_not():
 
 def test_defect_crops_look_at_the_largest_defect_and_stay_inside():
     masks = torch.zeros(3, 24, 24, dtype=torch.uint8)
-    masks[0, 2:6, 3:9], masks[0, 20, 20] = 1, 2                     # its middle is 4, 6
+    masks[0, 2:6, 3:9], masks[0, 20, 20], masks[:, 12:20] = 1, 2, 255       # its middle is 4, 6
     masks[2, 22:, 23] = 1                                           # masks[1] has none
     crops = defect_crops(PICTURES[:3], masks, 6)
     assert torch.equal(crops, torch.stack([PICTURES[0, :, 1:7, 3:9], PICTURES[2, :, 18:, 18:]]))
@@ -182,6 +182,7 @@ def test_spread_is_the_sample_standard_deviation():
 def test_class_shares_count_pixels_and_images():
     masks = torch.zeros(4, 2, 5, dtype=torch.uint8)
     masks[0, 0, :3], masks[1, 1, 1] = 1, 2
+    masks[2] = 255                                                  # neither a class nor background
     assert evaluate.class_shares(masks, 3) == ["50", "7.50 (25)", "2.50 (25)"]
 
 
@@ -319,6 +320,26 @@ def test_a_perfect_generator_is_as_real_images_and_a_copier_is_exposed():
 def test_bad_flags_are_one_sentence(sampled, flags, message):
     with pytest.raises(ValueError, match=message):
         go(sampled, *flags)
+
+
+@pytest.mark.parametrize("native, words", [((32, 24), "swapped?"), ((24, 24), "of another shape")])
+def test_a_native_size_that_does_not_fit_is_refused_first(sampled, standard, native, words, monkeypatch):
+    standard.write_text(standard.read_text().replace("[24, 32]", str(list(native))))
+    monkeypatch.setattr(evaluate, "judge", None)
+    with pytest.raises(ValueError, match=rf"crack/005: mask is \[24, 32\].*{words}"):
+        go(sampled, "inspection", "--standard", standard)
+
+
+def test_the_report_begins_with_what_is_wrong(tmp_path):
+    fine = {"empty %": 0, "copies %": 3, "mask fit %": 60}
+    bad = {"empty %": 100, "copies %": 12, "mask fit %": 9}
+    assert evaluate.faults({"other real images": [fine], "generated": [fine]}) == []
+    wrong = evaluate.faults({"other real images": [fine], "generated": [bad, bad]})
+    assert [text[:24] for text in wrong] == ["100 % of the masks are e", "Masks fit their pictures"]
+    result = {"title": "Generation", "wrong": wrong, "tables": [], "text": [], "figures": [], "settings": {}}
+    evaluate.write_report(tmp_path, {"generation": result})
+    report = (tmp_path / "report.html").read_text()
+    assert report.index("<p class=wrong>100 %") < report.index("<h2>")
 
 
 def test_a_training_split_that_changed_since_is_refused(sampled, data, tmp_path):

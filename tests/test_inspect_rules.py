@@ -326,7 +326,7 @@ def test_a_bad_standard_is_one_sentence_naming_the_key_and_writes_nothing(tmp_pa
 
 
 @pytest.mark.parametrize("table", [
-    "[", "[]", "{}", '["background"]', '{"0": "crack"}', '{"0": "background", "2": "crack"}',
+    "[", "[]", "{}", '["crack"]', "3", '{"0": "crack"}', '{"0": "background", "2": "crack"}',
     '{"0": "background", "1": "background"}', '{"0": "background", "1": 3}', '{"0": "background", "1": ""}'])
 def test_a_bad_class_table_is_one_sentence_naming_the_file(tmp_path, table):
     with pytest.raises(ValueError, match="classes.json: "):
@@ -354,6 +354,8 @@ def test_masks_of_all_kinds_are_read_as_raw_indices(tmp_path):
     deep = save(tmp_path / "deep.png", mask.astype(np.uint16))
     for path in save(tmp_path / "grey.bmp", mask), deep, tmp_path / "palette.png":
         np.testing.assert_array_equal(ir.read_mask(path, PILL), mask)
+    equal = save(tmp_path / "equal.png", np.stack([mask] * 3, 2))
+    np.testing.assert_array_equal(ir.read_mask(equal, PILL), mask)
     both = save(tmp_path / "both.png", np.array([[0, 255]], np.uint8))
     assert ir.read_mask(both, ["x"] * 256).tolist() == [[0, 255]]       # 255 is an index of that table
 
@@ -362,7 +364,9 @@ def test_bad_masks_are_named_with_their_reason_and_cost_no_other(tmp_path, capsy
     folder, grey = tmp_path / "masks", np.random.default_rng(0).integers(0, 2, (64, 64)).astype(np.uint8)
     good = save(folder / "good.png", draw(PILL, {"color": 1}, (800, 800)))
     wide = "mask is [32, 64], native_size [800, 800] [height, width], of another shape"
-    bad = {"colour": (grey * 255, "RGB", "is RGB"), "alpha": (grey * 255, "LA", "is LA"),
+    hue = np.stack([grey, grey * 0, grey], 2)
+    bad = {"colour": (hue, None, "is RGB"), "equal": (grey * 255, "RGB", "binary 0/255"),
+           "alpha": (grey * 255, "LA", "is LA"),
            "bit": (grey * 255, "1", "binary 0/255"), "binary": (grey * 255, None, "binary 0/255"),
            "deep": (grey * np.uint16(65535), None, "binary 0/255"), "wide": (grey[:32], None, wide),
            "above": (grey * 9, None, "0 to 9, but the class table has 0 to 6"),
@@ -378,7 +382,8 @@ def test_bad_masks_are_named_with_their_reason_and_cost_no_other(tmp_path, capsy
     assert result["verdicts"] == {"good": "accept"} and set(result["errors"]) == set(bad)
     for name, (mask, mode, message) in bad.items():
         assert message in result["errors"][name] and name in result["errors"][name]
-    assert capsys.readouterr().err == "".join(f"error: {error}\n" for error in result["errors"].values())
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 7 and said[2].startswith("error: 4 files, binary, bit, deep and 1 more; of")
 
 
 @pytest.mark.parametrize("shape, plain, squashed", [
@@ -391,6 +396,13 @@ def test_shapes_other_than_native_are_refused_unless_squashed(tmp_path, capsys, 
     assert main("--standard", standard, "--masks", tmp_path / "m", "--squashed") == squashed
     err = capsys.readouterr().err
     assert ("swapped?" in err) == (squashed == 2) and ("[480, 320] [height, width]" in err) == (plain == 2)
+
+
+def test_ignored_pixels_are_never_a_defect():
+    mask = draw(PILL, {"contamination": 3999}, (800, 800))
+    mask[400:] = ir.IGNORE
+    (finding,) = ir.judge(mask, ir.load_standard("pill"), PILL)
+    assert (finding.area_px, finding.verdict) == (3999, "accept")
 
 
 # --- the command ---
@@ -431,6 +443,19 @@ def test_csv_json_and_print_hold_every_image(tmp_path, capsys):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_data_of_every_layout_are_judged_as_datasets_reads_them(tmp_path, capsys):
+    for n, area in ((0, 39), (1, 41)):                          # MVTec AD, as bmp of three channels
+        white = 255 * draw(ABC, {"a": area}, (20, 20))
+        save(tmp_path / f"bolt/test/dent/{n}.png", np.full((20, 20), 9, np.uint8))
+        save(tmp_path / f"bolt/ground_truth/dent/{n}_mask.bmp", white, "RGB")
+    standard = standard_json(native_size=[20, 20], rules=[{"classes": ["dent"], "max_area_px": 40}])
+    flags = "--standard", write_json(tmp_path / "s.json", standard), "--data", tmp_path
+    assert main(*flags, "--overlay", tmp_path / "over") == 2 and "is inside" in capsys.readouterr().err
+    assert main(*flags[:-1], tmp_path / "bolt", "--overlay", tmp_path / "over") == 1
+    assert "dent/0: accept\n    accept: dent, area_px 39" in (out := capsys.readouterr().out)
+    assert "dent/1: reject" in out and (tmp_path / "over/dent/1_verdict.png").exists()
+
+
 def test_the_class_table_is_given_else_near_the_masks_else_built_in_else_asked_for(tmp_path, capsys):
     data = data_set(tmp_path / "any", {"good/0": np.array([[0, 1]], np.uint8)}, ("background", "dust"))
     standard = write_json(tmp_path / "s.json", {"object": "bolt", "native_size": [1, 2],
@@ -461,7 +486,8 @@ def test_without_flags_it_shows_the_standards_to_copy_and_an_example(capsys):
     ("--standard pill --masks none", "no masks"), ("--standard pill --masks twins", "differ only in"),
     ("--standard pill --masks masks --classes no.json", "no.json"),
     ("--standard pill --masks masks --csv masks/a.png/c", "a.png"),
-    ("--standard pill --masks masks --overlay masks/over", "inside --masks")])
+    ("--standard pill --masks masks --data masks", "go together"),
+    ("--standard pill --masks masks --overlay masks/over", "is inside .*masks")])
 def test_bad_flags_and_paths_are_one_sentence_and_exit_with_2(tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
     for name in "masks/a.png", "twins/a.png", "twins/a.bmp":

@@ -18,7 +18,7 @@ import torch
 import train
 from commands import program
 from conftest import ROOT, TINY, make_data, picture
-from datasets import open_dataset, write_classes, write_pair
+from datasets import open_dataset, write_classes, write_json, write_pair
 from defect_gen import STAGES, Joint, checkpoints, load_stage
 from diffusion import rng
 from inspect_rules import read_json
@@ -187,6 +187,21 @@ def test_what_a_run_leaves_behind(trained):
     assert config == json.loads(json.dumps(load_stage(folder, "large")["config"]))
     row = log_of(trained, "large")[0]
     assert list(row) == train.COLUMNS and float(row["loss"]) > 0
+
+
+def test_what_a_size_and_a_split_leave_out_is_said_before_training(tmp_path, capsys):
+    for kind, value, side in ("crack", 1, 1), ("dirt", 2, 40):
+        mask = np.zeros((96, 96), np.uint8)
+        mask[20:20 + side, 20:20 + side] = value
+        write_pair(tmp_path, "0", np.full((1, 96, 96), 90, np.uint8), mask, kind)
+    write_classes(tmp_path, ("background", "crack", "dirt"))
+    write_json(tmp_path / "split.json", {"train": ["crack/0"]})
+    for flags, small in ((), True), (("--soft-masks", "--size", "24", "24"), False):    # 4 x 24: all of them
+        train.prepare(train.parse_args(command(tmp_path, tmp_path / "run", *flags)), 1)
+        said = capsys.readouterr().out
+        assert "warning: no photo of the kinds dirt in split train\n" in said
+        assert ("warning: no pixel of the classes crack, dirt in split train\n" in said) == small
+        assert ("warning: 1 of 1 masks lose a defect at 16x16: crack/0; --size " in said) == small
 
 
 def test_a_single_grey_image_trains_and_the_next_command_is_named(tmp_path, capsys):
