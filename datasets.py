@@ -155,7 +155,8 @@ class DefectDataset:
         self._classes_in = {}                                   # shared by all subsets
         self.white = white_of([sample.image for sample in samples]) if channels == 1 else 65535
         if 255 < self.white < 65535:
-            self.notes.append(f"16-bit photos hold {self.white.bit_length()} bits: {self.white} is white")
+            bits = self.white.bit_length()
+            self.notes.append(f"warning: photos use {bits} of 16 bits: {self.white} is taken for white")
 
     def __len__(self):
         return len(self.samples)
@@ -234,7 +235,8 @@ class DefectDataset:
             raise ValueError(f"{self.name} has no split '{split}'; there are {', '.join(splits)}")
         missing = set(splits[split]) - {sample.name for sample in self.samples}
         if missing and not self.problems:
-            raise ValueError(f"split.json, '{split}': {len(missing)} images are not there: {listed(missing)}")
+            raise ValueError(f"split.json, '{split}': {len(missing)} images are not there: {listed(missing)}."
+                             f" A name is like {self.samples[0].name}")
         if not splits[split]:
             raise ValueError(f"the split '{split}' of {self.name} is empty ({rule}); choose another")
         wanted = set(splits[split])             # as they lie in the folder: the order of a list means nothing

@@ -609,7 +609,7 @@ def main(argv=None) -> int:
     add("--masks", metavar="DIR", help="masks at any depth; those in mask/ folders if there are any")
     add("--data", metavar="FOLDER", help="instead of --masks: a data set, whatever datasets.py reads")
     add("--object", help="the object to judge when --data holds one folder per object")
-    add("--classes", metavar="FILE", help="class table (default: classes.json near the masks, else built in)")
+    add("--classes", metavar="FILE", help="class table of --masks (default: classes.json near, or built in)")
     add("--squashed", action="store_true", help="take masks of other proportions: each shows the whole photo")
     add("--csv", metavar="FILE", help="write the findings, at least one row per image")
     add("--json", metavar="FILE", help="write standard, classes, verdicts, errors and findings")

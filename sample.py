@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from datasets import (DefectDataset, Sample, as_tensor, channels_of, find_objects, images_in, open_dataset,
-                      open_picture, overlay, pair_paths, pick_device, run_main, sheet, to_mode, write_classes,
-                      write_image, write_json, write_pair)
+from datasets import (DefectDataset, Sample, as_tensor, channels_of, defects, find_objects, images_in,
+                      open_dataset, open_picture, overlay, pair_paths, pick_device, run_main, sheet, to_mode,
+                      write_classes, write_image, write_json, write_pair)
 from defect_gen import NUM_STEPS, SWITCH_T, DefectGen
 from diffusion import METHODS, SPACINGS, rng
 from evaluate import defect_crops, distances, halved, mask_fit
@@ -140,9 +140,9 @@ def write_sheet(out, pairs, photos=()):
 
 def mask_shares(dataset):
     """'3 % empty, 16.31 % of the pixels are defects': what the masks of a data set hold."""
-    masks = [dataset.read_mask(i) > 0 for i in range(len(dataset))]
-    empty, defects = np.mean([not mask.any() for mask in masks]), np.mean([mask.mean() for mask in masks])
-    return f"{100 * empty:.0f} % empty, {100 * defects:.2f} % of the pixels are defects"
+    masks = [defects(dataset.read_mask(i)) for i in range(len(dataset))]
+    empty, share = np.mean([not mask.any() for mask in masks]), np.mean([mask.mean() for mask in masks])
+    return f"{100 * empty:.0f} % empty, {100 * share:.2f} % of the pixels are defects"
 
 
 def draw_pairs(args):
@@ -265,7 +265,7 @@ class Wishes:
             raise ValueError(f"--masks {args.masks}: expected {', '.join(MASKS)} or a folder of index masks")
         if not self.shapes and args.masks == "training":
             raise ValueError(f"--defect {args.defect}: no mask that {args.run} was trained on has it")
-        self.room = grown((self.train[1] > 0).any(0), min(generator.size) // 16)
+        self.room = grown(defects(self.train[1]).any(0), min(generator.size) // 16)
         if args.where:
             where = to_mode(open_picture(args.where), 1).resize(generator.size[::-1])
             self.room = as_tensor(where)[0] >= 128

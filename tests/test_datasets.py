@@ -188,7 +188,8 @@ def test_split_json_wins_and_its_names_do_not_leave_the_folder(tmp_path):
     says("the split 'none' of bolt is empty", open_dataset, root, split="none")
     for name in ("dirt/999", "../../secret/image/crack/000", "/etc/passwd", "crack/../crack/000"):
         write_json(root / "split.json", {"train": [name]})
-        says(f"split.json, 'train': 1 images are not there: {name}", open_dataset, root, split="train")
+        words = f"split.json, 'train': 1 images are not there: {name}. A name is like crack/000"
+        says(words, open_dataset, root, split="train")
 
 
 def test_json_of_another_shape_is_a_sentence(tmp_path):
@@ -507,7 +508,7 @@ def test_photos_of_12_bits_are_read_at_one_depth_for_the_whole_set_which_is_said
         save(tmp_path / f"image/good/{n}.png", Image.fromarray(np.full((8, 8), value, np.uint16)))
     data = open_dataset(tmp_path)
     assert [data[i][0].max().item() for i in (0, 1)] == [round(200 / 4095 * 255), round(4000 / 4095 * 255)]
-    assert "16-bit photos hold 12 bits: 4095 is white" in datasets.describe(data)
+    assert "warning: photos use 12 of 16 bits: 4095 is taken for white" in datasets.describe(data)
 
 
 def test_what_a_size_and_a_split_lose_is_counted_with_the_size_that_keeps_it(tmp_path):
