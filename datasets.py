@@ -170,7 +170,8 @@ class DefectDataset:
         picture = to_mode(open_picture(path), self.channels, self.white)
         if picture.size != mask.shape[::-1]:
             raise ValueError(f"{path} is {picture.height}x{picture.width} but its mask is "
-                             "{}x{}; they must have the same size".format(*mask.shape))
+                             "{}x{}; they must have the same size (data/convert.py enlarges masks by "
+                             "whole factors)".format(*mask.shape))
         if size is not None and tuple(size) != mask.shape:
             picture = picture.resize(size[::-1], Image.BILINEAR)
             mask = np.array(Image.fromarray(mask).resize(size[::-1], Image.NEAREST))
