@@ -180,14 +180,19 @@ def fingerprint(*parts):
     return digest.hexdigest()[:16]
 
 
-class Run:
-    """A trained run: its data opened and checked, its pairs, and the segmenters trained on them."""
+def merged(masks):
+    """All classes of defects as one; IGNORE stays."""
+    return masks.clamp(max=1).where(masks != IGNORE, IGNORE)
 
-    def __init__(self, args):
+
+class TrainedRun:
+    """A trained run, its data opened and checked, at the size (H, W) of training or another."""
+
+    def __init__(self, args, size=None):
         self.args, self.folder = args, Path(args.run)
         self.config = config = [load_stage(self.folder / stage, stage)["config"] for stage in STAGES][-1]
-        self.size, self.classes = tuple(config["size"]), tuple(config["classes"])
-        self.device, self.data, self.predictions = pick_device(args.device), args.data or config["data"], {}
+        self.size, self.classes = tuple(size or config["size"]), tuple(config["classes"])
+        self.device, self.data = pick_device(args.device), args.data or config["data"]
         self.train, self.test = self.open(config["split"]), self.open(args.split)
         if self.train.classes != self.classes:
             raise ValueError(f"{self.data} has the classes {', '.join(self.train.classes)}, "
@@ -200,10 +205,6 @@ class Run:
         print(describe(self.train), describe(self.test), sep="\n")
         if args.quick:
             self.test = self.test.subset(range(0, len(self.test), max(1, len(self.test) // 8))[:8])
-        if not (self.folder / "samples" / "classes.json").exists():
-            raise FileNotFoundError(f"{self.folder}/samples: no pairs; draw them: "
-                                    f"python sample.py --run {self.folder}")
-        self.generated = open_dataset(self.folder / "samples", self.size).tensors()
         self.real, self.scored = self.train.tensors(), self.test.tensors()
         trained = {image.numpy().tobytes() for image in self.real[0]}       # by pixels: names may differ
         if shared := [sample.name for sample, image in zip(self.test.samples, self.scored[0])
@@ -213,6 +214,26 @@ class Run:
 
     def open(self, split):
         return open_dataset(self.data, self.size, split, self.config.get("object"))
+
+    def network(self, arch, images, masks, table, num_classes, seed, steps):
+        """A network trained on pairs that are drawn by `table`, see segment.fit."""
+        net = build(arch, num_classes, seed)
+        if self.args.backbone_weights:
+            load_backbone(net, self.args.backbone_weights)
+        fit(net.to(self.device), images, masks, steps, seed=seed, bf16=has_bf16(self.device), table=table)
+        return net
+
+
+class Run(TrainedRun):
+    """A trained run with its pairs in RUN/samples, and the segmenters trained on them."""
+
+    def __init__(self, args):
+        super().__init__(args)
+        if not (self.folder / "samples" / "classes.json").exists():
+            raise FileNotFoundError(f"{self.folder}/samples: no pairs; draw them: "
+                                    f"python sample.py --run {self.folder}")
+        self.generated = open_dataset(self.folder / "samples", self.size).tensors()
+        self.predictions = {}
 
     @cached_property
     def mixed(self):
@@ -234,7 +255,7 @@ class Run:
                 raise ValueError(f"--original {spec}: {len(missing)} training images are missing: "
                                  f"{missing[0]}")
             images, masks = older.subset([place[sample.name] for sample in self.train.samples]).tensors()
-        return (images, masks.clamp(max=1).where(masks != IGNORE, IGNORE)), source
+        return (images, merged(masks)), source
 
     def pool(self, name):
         """Images, masks, table to draw by, number of classes. Pools differ in what they are named for alone:
@@ -244,14 +265,6 @@ class Run:
             return *self.mixed, len(self.classes)
         pairs, num_classes = (self.original[0], 2) if name == "original" else (self.real, len(self.classes))
         return *pairs, draw_table(self.real[1]), num_classes
-
-    def network(self, arch, images, masks, table, num_classes, seed, steps):
-        """A network trained on pairs that are drawn by `table`, see segment.fit."""
-        net = build(arch, num_classes, seed)
-        if self.args.backbone_weights:
-            load_backbone(net, self.args.backbone_weights)
-        fit(net.to(self.device), images, masks, steps, seed=seed, bf16=has_bf16(self.device), table=table)
-        return net
 
     def segmenter(self, arch, pairs, num_classes, seed, steps):
         """Train a segmenter; returns its function images -> masks."""
@@ -358,9 +371,11 @@ def generation(run, progress):
 
 def faults(numbers):
     """Sentences on what is wrong with the pairs at first sight: the report begins with them."""
-    real, fit, empty, copies = (
-        statistics.mean(part[f"{measure} %"] for part in numbers[of]) for of, measure in (
-            ("other real images", "mask fit"), *(("generated", m) for m in ("mask fit", "empty", "copies"))))
+    def mean(of, measure):
+        return statistics.mean(part[measure] for part in numbers[of])
+
+    empty, copies, fit = (mean("generated", measure) for measure in ("empty %", "copies %", "mask fit %"))
+    real = mean("other real images", "mask fit %")
     found = {f"{empty:.0f} % of the masks are empty: train longer, or draw with --min-area-px 1.": empty > 50,
              f"{copies:.0f} % of the pairs copy a training photo.": copies > 50,
              f"Masks fit their pictures to {fit:.0f} %, those of real ones to {real:.0f} %.": fit < real / 2}

@@ -50,7 +50,7 @@ PRESETS = {
     # 64x64 on two CPU cores in minutes, after a plan of 32x32: demo, tests, teaching
     "tiny": dict(large=dict(TINY, **PLAN, size=(32, 32), steps=2000, batch_size=8, network=WHOLE),
                  small=dict(TINY, weighting="uniform", network=PATCHES)),
-    # 256x256 on two CPU cores in hours: a plan of 64x64, then crops of the photos
+    # 256x256 on two CPU cores in an hour: a plan of 64x64, then crops of the photos
     "laptop": dict(large=dict(LAPTOP, **PLAN, steps=2000, network=WHOLE),
                    small=dict(LAPTOP, weighting="uniform", size=(256, 256), crop=96,
                               network=dict(PATCHES, num_res_blocks=2))),

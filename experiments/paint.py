@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from datasets import has_bf16, open_dataset, overlay, run_main, sheet, write_image, write_json
+import evaluate
+from datasets import overlay, run_main, sheet, write_image, write_json
 from defect_gen import DefectGen
 from diffusion import rng
-from evaluate import INSPECTOR, mask_fit, print_table, spread
+from evaluate import INSPECTOR, TrainedRun, mask_fit, print_table, spread
 from sample import RETRY, TRIES, Painter, grown, parse_args, steps_across
-from segment import build, fit, predict
+from segment import predict
 
 VARIETY = 10            # seeds of one region
 
@@ -44,6 +45,11 @@ def paste(photo, image, shape, centres, room, generator):
     return None
 
 
+def donors(wishes, k):
+    """(images, shapes bool (N, H, W)) of the training photos that have class k."""
+    return wishes.train[0][(wishes.train[1] == k).flatten(1).any(1)], wishes.shapes[k]
+
+
 def border(image, region):
     """Mean difference of neighbours across a region's border, over that of the picture outside it."""
     others = []
@@ -56,8 +62,7 @@ def border(image, region):
 def sets_of(painter, turn, k, count, test):
     """{name: (images, masks)} of class k, whose turn it is: painted, pasted into the same photos, real."""
     wishes, size = painter.wishes, painter.generator.size
-    donors, painted, pasted = wishes.shapes[k], [], []
-    images = wishes.train[0][(wishes.train[1] == k).flatten(1).any(1)]
+    (images, shapes), painted, pasted = donors(wishes, k), [], []
     for seed in range(count):
         for n in range(TRIES):
             own, (name, photo, old) = seed + RETRY * n, painter.read(seed, n, size)
@@ -66,8 +71,8 @@ def sets_of(painter, turn, k, count, test):
                 continue
             painted.append((painter.paint(photo, old, wanted, own)[0], old + wanted))
             room = wishes.room & (old == 0)
-            donor = own % len(donors)
-            found = paste(photo, images[donor], donors[donor], room & donors.any(0), room, rng(own))
+            donor = own % len(shapes)
+            found = paste(photo, images[donor], shapes[donor], room & shapes.any(0), room, rng(own))
             if found:
                 pasted.append((found[0], old + found[1].byte() * k))
             break
@@ -140,13 +145,10 @@ def main():
     if args.quick:
         args.count, args.steps, args.seeds, args.out = 1, 2, 1, args.out / "quick"
     generator = DefectGen.load(args.run)
-    config, size, classes = generator.config, generator.size, generator.classes
-    train, test = (open_dataset(config["data"], size, split, config.get("object"))
-                   for split in (config["split"], "test"))
-    real, held_out, judges = train.tensors(), test.subset(test.defective()).tensors(), []
+    run, classes, judges = TrainedRun(evaluate.parse_args(["--run", args.run])), generator.classes, []
+    held_out = tuple(part[run.test.defective()] for part in run.scored)
     for seed in range(args.seeds):
-        net = build(INSPECTOR, len(classes), seed)
-        fit(net, *real, args.steps, seed=seed, bf16=has_bf16(generator.device))
+        net = run.network(INSPECTOR, *run.real, None, len(classes), seed, args.steps)
         judges.append(partial(predict, net))
         print(f"judge {seed + 1} of {args.seeds} trained", flush=True)
     words = ["--run", args.run, "--photos", args.photos, *(["--split", args.split] if args.split else [])]

@@ -1,6 +1,6 @@
 """The paper's table: do pairs help segmenters, and more than what costs nothing?
 
-    python -m experiments.paper_table --run runs/demo
+    python -m experiments.paper_table --run runs/demo --pools real pasted two-stage painted
     python -m experiments.paper_table --run runs/steel --photos FOLDER --split few_shot --size 96 96
 
 Segmenters are trained on the run's photos and as many pairs again of one pool, and scored on the test photos:
@@ -21,21 +21,22 @@ kept in --out: an interrupted command is run again and goes on.
 import argparse
 import math
 import statistics
+from functools import cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+import evaluate
 import sample
-from datasets import (has_bf16, open_dataset, pair_paths, pick_device, run_main, write_classes, write_json,
-                      write_pair)
+from datasets import has_bf16, open_dataset, pair_paths, run_main, write_classes, write_json, write_pair
 from defect_gen import DefectGen
 from diffusion import rng
-from evaluate import fingerprint, print_table, spread
+from evaluate import TrainedRun, fingerprint, merged, print_table, spread
 from experiments import mask2former                                         # adds itself to segment.ARCHS
-from experiments.paint import paste
+from experiments.paint import donors, paste
 from inspect_rules import read_json
-from segment import ARCHS, build, confusion_matrix, draw_table, fit, load_backbone, miou, mix, predict
+from segment import ARCHS, confusion_matrix, draw_table, miou, mix, predict
 
 POOLS = ("real", "more real", "pasted", "pasted where", "foreign", "large", "two-stage", "painted", "half")
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # by N, two-sided
@@ -68,12 +69,11 @@ def pasted_pair(painter, name, seed):
     k, random = classes[seed % len(classes)], rng(seed, sample.PLACE)
     _, photo, old = painter.read(int(torch.randint(1 << 20, (), generator=random)), 0, size)
     room = wishes.room & (old == 0)
-    images = wishes.train[0][(wishes.train[1] == k).flatten(1).any(1)]
+    images, shapes = donors(wishes, k)
     donor = int(torch.randint(len(images), (), generator=random))
     if name == "foreign":
         image, mask = foreign(photo, images[donor], room, random)
         return image, old + mask.byte()                                     # some class: all are merged
-    shapes = wishes.shapes[k]
     centres = room & shapes.any(0) if name == "pasted where" else room
     found = paste(photo, images[donor], shapes[donor], centres, room, random)
     return found and (found[0], old + found[1].byte() * k)
@@ -101,36 +101,37 @@ def make_pool(args, run, name, count, block):
     return out
 
 
-class Bench:
-    """One run's photos, test photos and pools at the segmenter's size."""
+class Bench(TrainedRun):
+    """A run at the segmenters' size, with pools of pairs."""
 
-    def __init__(self, args, run):
-        self.args, self.run, self.config, self.device = args, run, DefectGen.load(run).config, pick_device()
-        self.classes, self.size = self.config["classes"], tuple(args.size or self.config["size"])
-        self.train, self.test = self.open(self.config["split"]), self.open("test")
-        self.real, self.scored, self.made = self.train.tensors(), self.test.tensors(), {}
+    def __init__(self, flags, run):
+        weights = ["--backbone-weights", flags.backbone_weights] if flags.backbone_weights else []
+        given = ["--run", run, *weights, *(["--quick"] if flags.quick else [])]
+        super().__init__(evaluate.parse_args(given), flags.size)
+        self.flags, self.run = flags, run
 
-    def open(self, split):
-        return open_dataset(self.config["data"], self.size, split, self.config.get("object"))
-
+    @cache
     def pairs(self, name, block):
         """(images, masks) of a pool."""
-        if (name, block) not in self.made:
-            count = math.ceil(max(self.args.ratios) * len(self.real[0]))
-            if name == "more real":
-                other = self.open(self.args.more)
-                mine = {sample.name for sample in self.train.samples}
-                free = [i for i in other.defective() if other.samples[i].name not in mine]
-                order = torch.randperm(len(free), generator=rng(block)).tolist()
-                self.made[name, block] = other.subset([free[i] for i in order[:count]]).tensors()
-            elif name == "half":
-                halves = [tuple(part[:count // 2] for part in self.pairs(each, block))
-                          for each in ("two-stage", "pasted")]
-                self.made[name, block] = tuple(map(torch.cat, zip(*halves)))
-            else:
-                folder = make_pool(self.args, self.run, name, count, block)
-                self.made[name, block] = open_dataset(folder, self.size).tensors()
-        return self.made[name, block]
+        count = math.ceil(max(self.flags.ratios) * len(self.real[0]))
+        if name == "more real":
+            other, mine = self.open(self.flags.more), {sample.name for sample in self.train.samples}
+            free = [i for i in other.defective() if other.samples[i].name not in mine]
+            if not free:
+                raise ValueError(f"--more {self.flags.more}: {self.data} has no photo there but those "
+                                 "trained on; name another split, or leave 'more real' out of --pools")
+            order = torch.randperm(len(free), generator=rng(block)).tolist()
+            return other.subset([free[i] for i in order[:count]]).tensors()
+        if name == "half":
+            halves = [tuple(part[:count // 2] for part in self.pairs(each, block))
+                      for each in ("two-stage", "pasted")]
+            return tuple(map(torch.cat, zip(*halves)))
+        return open_dataset(make_pool(self.flags, self.run, name, count, block), self.size).tensors()
+
+    @cache
+    def pixels(self, name, block):
+        """What a cell of the pool was made from."""
+        return fingerprint(*self.real, *self.scored, *(() if name == "real" else self.pairs(name, block)))
 
     def score(self, arch, name, ratio, block, seed):
         """{"any", "iou", "miou"} in % of one segmenter: `any` merges the classes, foreign knows no others."""
@@ -138,20 +139,15 @@ class Bench:
         if name != "real":
             extra = self.pairs(name, block)
             images, masks, table = mix(self.real, extra, min(ratio, len(extra[0]) / len(self.real[0])), block)
-        merged, truth = name == "foreign", self.scored[1]
-        if merged:
-            masks, truth = (masks > 0).byte(), (truth > 0).byte()
-        num_classes = 2 if merged else len(self.classes)
-        net = build(arch, num_classes, seed)
-        if self.args.backbone_weights:
-            load_backbone(net, self.args.backbone_weights)
-        bf16 = has_bf16(self.device)
-        fit(net.to(self.device), images, masks, self.args.steps, seed=seed, bf16=bf16, table=table)
-        seen = predict(net, self.scored[0], bf16=bf16)
-        of_any = miou(confusion_matrix((seen > 0).byte(), (truth > 0).byte(), 2))
+        truth, num_classes = self.scored[1], len(self.classes)
+        if name == "foreign":
+            masks, truth, num_classes = merged(masks), merged(truth), 2
+        net = self.network(arch, images, masks, table, num_classes, seed, self.flags.steps)
+        seen = predict(net, self.scored[0], bf16=has_bf16(self.device))
+        of_any = miou(confusion_matrix(merged(seen), merged(truth), 2))
         each = miou(confusion_matrix(seen, truth, num_classes))
         return {"any": 100 * of_any["miou"], "iou": [100 * value for value in each["iou"]],
-                **({} if merged else {"miou": 100 * each["miou"]})}
+                **({} if name == "foreign" else {"miou": 100 * each["miou"]})}
 
 
 def difference(found, base, measure):
@@ -218,8 +214,7 @@ def main():
                       for ratio in ([0] if name == "real" else args.ratios)]
             for (name, ratio), seed in ((pool, seed) for seed in range(args.seeds) for pool in wanted):
                 for block in range(1 if name == "real" else args.blocks):
-                    pixels = fingerprint(*bench.real, *bench.scored, *(() if name == "real" else
-                                                                       bench.pairs(name, block)))
+                    pixels = bench.pixels(name, block)
                     key = f"{run}|{arch}|{name}|{ratio:g}|{block}|{seed}|{args.steps}|{pixels}"
                     if key not in cells:
                         cells[key] = bench.score(arch, name, ratio, block, seed)

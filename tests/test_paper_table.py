@@ -64,3 +64,9 @@ def test_the_table_keeps_finished_cells_of_the_same_pixels(run, data, tmp_path, 
     shutil.copy(pairs.samples[0].image, pairs.samples[1].image)
     with pytest.raises(TypeError):                                  # other pairs: other cells
         paper_table.main()
+
+
+def test_more_photos_than_those_trained_on_are_asked_for(run, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["paper_table", "--run", str(run), "--pools", "more real", "--quick"])
+    with pytest.raises(ValueError, match="--more train: .* no photo there but those trained on"):
+        paper_table.main()
