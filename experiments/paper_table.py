@@ -14,12 +14,15 @@ Segmenters are trained on the run's photos and as many pairs again of one pool, 
     two-stage     what sample.py draws
     painted       what sample.py --photos paints
     half          two-stage and pasted, half of each
+    relabelled    two-stage, the masks redrawn by a segmenter of all photos, those scored on too: a bound that
+                  tells wrong masks from wrong pictures
 
 Optimiser steps, batches, backbone and views are the same in all. Pools are data sets in RUN/pools, cells are
 kept in --out: an interrupted command is run again and goes on.
 """
 import argparse
 import math
+import platform
 import statistics
 from functools import cache
 from pathlib import Path
@@ -38,7 +41,8 @@ from experiments.paint import donors, paste
 from inspect_rules import read_json
 from segment import ARCHS, confusion_matrix, draw_table, miou, mix, predict
 
-POOLS = ("real", "more real", "pasted", "pasted where", "foreign", "large", "two-stage", "painted", "half")
+POOLS = ("real", "more real", "pasted", "pasted where", "foreign", "large", "two-stage", "painted", "half",
+         "relabelled")
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # by N, two-sided
 
 
@@ -126,6 +130,12 @@ class Bench(TrainedRun):
             halves = [tuple(part[:count // 2] for part in self.pairs(each, block))
                       for each in ("two-stage", "pasted")]
             return tuple(map(torch.cat, zip(*halves)))
+        if name == "relabelled":
+            photos, masks = map(torch.cat, zip(self.real, self.scored))
+            net = self.network(evaluate.INSPECTOR, photos, masks, None, len(self.classes), 0,
+                               2 * self.flags.steps)
+            images = self.pairs("two-stage", block)[0]
+            return images, predict(net, images, bf16=has_bf16(self.device))
         return open_dataset(make_pool(self.flags, self.run, name, count, block), self.size).tensors()
 
     @cache
@@ -205,7 +215,8 @@ def parse_args():
 
 def main():
     args = parse_args()
-    cells, rows = read_json(args.out) if args.out.exists() and not args.quick else {}, []
+    cells, rows = read_json(args.out)["cells"] if args.out.exists() and not args.quick else {}, []
+    settings = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
     for run in args.run:
         bench = Bench(args, run)
         for arch in args.arch:
@@ -219,7 +230,7 @@ def main():
                     if key not in cells:
                         cells[key] = bench.score(arch, name, ratio, block, seed)
                         if not args.quick:
-                            write_json(args.out, cells)
+                            write_json(args.out, {"settings": settings, "cells": cells})
                         print(f"{run}, {arch}, {name} {ratio:g}, block {block}, seed {seed}: any defect "
                               f"{cells[key]['any']:.1f} %", flush=True)
                     found.setdefault((name, ratio), {})[block, seed] = cells[key]

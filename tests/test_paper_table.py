@@ -50,12 +50,12 @@ def test_pasted_pairs_take_the_classes_in_turn_and_leave_the_photo_as_it_is_besi
 def test_the_table_keeps_finished_cells_of_the_same_pixels(run, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sample, "NUM_STEPS", 2)
     flags = ["paper_table", "--run", str(run), "--photos", str(data), "--arch", "segformer", "--seeds", "2",
-             "--steps", "1", "--blocks", "1", "--pools", "real", "two-stage", "foreign",
+             "--steps", "1", "--blocks", "1", "--pools", "real", "two-stage", "foreign", "relabelled",
              "--out", str(tmp_path / "t.json")]
     monkeypatch.setattr("sys.argv", flags)
     paper_table.main()
-    first, cells = capsys.readouterr().out, json.loads((tmp_path / "t.json").read_text())
-    assert len(cells) == 2 * 3 and first.count("±") == 9          # foreign has no mIoU of classes
+    first, cells = capsys.readouterr().out, json.loads((tmp_path / "t.json").read_text())["cells"]
+    assert len(cells) == 2 * 4 and first.count("±") == 13          # foreign has no mIoU of classes
     pairs = open_dataset(run / "pools" / "two-stage_0")
     assert len(pairs) == len(open_dataset(str(data), split="train"))
     monkeypatch.setattr(paper_table.Bench, "score", None)           # nothing is computed again
