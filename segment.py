@@ -320,8 +320,7 @@ def read_state(source: str | Path, backbone_name: str | None) -> dict:
 def load_backbone(net: Segmenter, source: str | Path) -> str:
     """Load published weights into net.backbone, and into a head for as many classes; say what was loaded.
 
-    `source` is "imagenet" or a file: torchvision's ResNets for DeepLabV3+; for SegFormer those of Hugging
-    Face (nvidia/mit-b0, nvidia/segformer-b0-*).
+    source: "imagenet", a file of torchvision (ResNets) or of Hugging Face (nvidia/mit-b0, segformer-b0-*).
     """
     state = net.our_names(read_state(source, net.backbone_name))
     theirs, ours = ({f"{name} {tuple(value.shape)}" for name, value in part.items()}
