@@ -12,11 +12,12 @@ import argparse
 import base64
 import hashlib
 import html
+import itertools
 import math
 import platform
 import statistics
 import time
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import torch
@@ -28,8 +29,7 @@ from defect_gen import STAGES, load_stage
 from diffusion import rng
 from inspect_rules import (STANDARDS, check_shape, judge, load_standard, read_json, recall_fpr, verdict,
                            wilson_interval)
-from segment import (build, check_arch, confusion_matrix, draw_table, fit, load_backbone, miou, mix,
-                     predict)
+from segment import build, check_arch, confusion_matrix, draw_table, fit, load_backbone, miou, mix, predict
 
 COPY_BELOW = 0.5        # half as new as a real photo; 0 to 3 % of held-out drawn products lie below
 INSPECTOR = "deeplabv3+"        # the network of the inspection, and the judge of masks
@@ -58,19 +58,15 @@ def wasserstein(a, b, points=1024):
 
 
 def sliced_wasserstein(images, reference, levels=3, patch=7, projections=64, seed=0):
-    """Sliced Wasserstein distance between all patches of two sets, per scale of a Laplacian pyramid.
+    """[distance of all patches of two sets, at each scale of a Laplacian pyramid], finest scale first.
 
-    As in Karras et al. 2018, section 5, but every patch counts, not a random part of them, so that equal sets
-    have distance 0; and one unit is the standard deviation of the reference along a direction, so that every
-    scale weighs the same. Random directions are 1x1 convolutions over patches, that is, filters. Scales
-    without a patch drop out.
-
-    Returns: list of floats, finest scale first. 0: the same patches; about 1: as far as patches of one
-             picture.
+    0: the same patches; about 1: as far as those of one picture. As in Karras et al. 2018, section 5, but
+    every patch counts, so that equal sets have distance 0, and the unit is the standard deviation of the
+    reference along a direction, so that scales weigh the same. Scales without a patch drop out.
     """
     levels = min(levels, 1 + int(math.log2(min(images.shape[2:]) / patch)))
     generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn(projections, images.shape[1], patch, patch, generator=generator)
+    directions = torch.randn(projections, images.shape[1], patch, patch, generator=generator)       # filters
     directions /= directions.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     scales = []
     for a, b in zip(*(laplacian_pyramid(part.float() / 255, levels) for part in (images, reference))):
@@ -81,11 +77,13 @@ def sliced_wasserstein(images, reference, levels=3, patch=7, projections=64, see
 
 def variants(images, masks, names):
     """Images and masks in every way that datasets.augment lays them, in blocks of N; first as they are."""
-    axes = [(), (-1,), (-2,), (-2, -1)] if "flip" in names else [()]
-    square = images.shape[-2] == images.shape[-1]
-    turns = [0, *([1] if square else []), *([] if "flip" in names else [2, *([3] if square else [])])]
-    turns = turns if "turn" in names else [0]                       # two flips are a half turn
-    return tuple(torch.cat([part.rot90(turn, (-2, -1)).flip(axis) for turn in turns for axis in axes])
+    turns, flips = [0], [()]
+    if "turn" in names:
+        turns = [0, 1, 2, 3] if images.shape[-2] == images.shape[-1] else [0, 2]
+    if "flip" in names:
+        flips = [(), (-1,), (-2,), (-2, -1)]
+        turns = [turn for turn in turns if turn < 2]                # two flips are a half turn
+    return tuple(torch.cat([part.rot90(turn, (-2, -1)).flip(axes) for turn in turns for axes in flips])
                  for part in (images, masks))
 
 
@@ -104,7 +102,6 @@ def novelty(generated, training, held_out):
     """(N,): distance to the nearest training image, over the median of that for held-out real images.
 
     0: a copy; 1: as new as a real photo. Pass the training images with their variants: a flipped copy is one.
-    Bland images lie near everything and come out low as well: look at them.
     """
     unit = distances(held_out, training, halved).amin(1).quantile(0.5)
     if unit == 0:
@@ -113,10 +110,7 @@ def novelty(generated, training, held_out):
 
 
 def shape_distance(images, reference):
-    """(N,): distance of the outlines to the nearest reference image, over its mean among the reference.
-
-    A definition of our own. Its mean is about 1 for further real images, more where the outline is broken.
-    """
+    """(N,): distance of the outlines to the nearest reference image, over its mean among these: our own."""
     among = distances(reference, reference, outlines).fill_diagonal_(math.inf)
     return distances(images, reference, outlines).amin(1) / among.amin(1).mean()
 
@@ -128,10 +122,7 @@ def grain(images):
 
 
 def mask_fit(predicted, masks):
-    """(N,): IoU of any defect between mask and what a segmenter sees in the image; nan if both are empty.
-
-    A segmenter errs as well: give the mean for real pairs beside.
-    """
+    """(N,): IoU of any defect between mask and what a segmenter sees in the image; nan if both are empty."""
     a, b = (predicted > 0) & (masks != IGNORE), defects(masks)
     return (a & b).flatten(1).sum(1) / (a | b).flatten(1).sum(1)
 
@@ -185,6 +176,16 @@ def merged(masks):
     return masks.clamp(max=1).where(masks != IGNORE, IGNORE)
 
 
+def pick(pairs, index):
+    """The images and masks at `index`: a slice or a list."""
+    return tuple(part[index] for part in pairs)
+
+
+def spaced(items, most):
+    """At most so many of a sequence, evenly spaced."""
+    return items[::max(1, len(items) // most)][:most]
+
+
 class TrainedRun:
     """A trained run, its data opened and checked, at the size (H, W) of training or another."""
 
@@ -204,7 +205,7 @@ class TrainedRun:
             raise ValueError(f"{self.data}: no image has a defect in --split {args.split}; choose another")
         print(describe(self.train), describe(self.test), sep="\n")
         if args.quick:
-            self.test = self.test.subset(range(0, len(self.test), max(1, len(self.test) // 8))[:8])
+            self.test = self.test.subset(spaced(range(len(self.test)), 8))
         self.real, self.scored = self.train.tensors(), self.test.tensors()
         trained = {image.numpy().tobytes() for image in self.real[0]}       # by pixels: names may differ
         if shared := [sample.name for sample, image in zip(self.test.samples, self.scored[0])
@@ -233,29 +234,24 @@ class Run(TrainedRun):
             raise FileNotFoundError(f"{self.folder}/samples: no pairs; draw them: "
                                     f"python sample.py --run {self.folder}")
         self.generated = open_dataset(self.folder / "samples", self.size).tensors()
-        self.predictions = {}
 
     @cached_property
     def mixed(self):
-        """Real and generated pairs 1:1, near the paper's best ratio; fewer generated if there are fewer.
-
-        Images, masks and the table to draw them by.
-        """
+        """Real and generated pairs 1:1, near the paper's best ratio, or as many as there are: see mix."""
         return mix(self.real, self.generated, min(1, len(self.generated[0]) / len(self.real[0])))
 
     @cached_property
     def original(self):
         """The training images with one coarse class, as in older data sets, and where that comes from."""
         spec = self.args.original or (f"{self.data}:original" if self.data.startswith("drawn:") else None)
-        (images, masks), source = self.real, "the exact masks with all classes merged"
-        if spec:
-            older, source = open_dataset(spec, self.size), f"those of {spec}"
-            place = {sample.name: i for i, sample in enumerate(older.samples)}
-            if missing := [sample.name for sample in self.train.samples if sample.name not in place]:
-                raise ValueError(f"--original {spec}: {len(missing)} training images are missing: "
-                                 f"{missing[0]}")
-            images, masks = older.subset([place[sample.name] for sample in self.train.samples]).tensors()
-        return (images, merged(masks)), source
+        if not spec:
+            return (self.real[0], merged(self.real[1])), "the exact masks with all classes merged"
+        older, names = open_dataset(spec, self.size), [sample.name for sample in self.train.samples]
+        place = {sample.name: i for i, sample in enumerate(older.samples)}
+        if missing := [name for name in names if name not in place]:
+            raise ValueError(f"--original {spec}: {len(missing)} training images are missing: {missing[0]}")
+        images, masks = older.subset([place[name] for name in names]).tensors()
+        return (images, merged(masks)), f"those of {spec}"
 
     def pool(self, name):
         """Images, masks, table to draw by, number of classes. Pools differ in what they are named for alone:
@@ -271,13 +267,11 @@ class Run(TrainedRun):
         net = self.network(arch, *pairs, None, num_classes, seed, steps)
         return partial(predict, net, bf16=has_bf16(self.device))
 
+    @cache                                                          # two experiments ask
     def predict(self, arch, pool, seed):
-        """What a segmenter trained on a pool predicts for the scoring images; kept: two experiments ask."""
-        key = arch, pool, seed
-        if key not in self.predictions:
-            net = self.network(arch, *self.pool(pool), seed, self.args.steps)
-            self.predictions[key] = predict(net, self.scored[0], bf16=has_bf16(self.device))
-        return self.predictions[key]
+        """What a segmenter trained on a pool predicts for the scoring images."""
+        net = self.network(arch, *self.pool(pool), seed, self.args.steps)
+        return predict(net, self.scored[0], bf16=has_bf16(self.device))
 
     def figure(self, name, picture, caption):
         """Write a picture beside the report and return the record that the report shows it by."""
@@ -301,15 +295,13 @@ def class_shares(masks, num_classes):
 
 
 def halves(dataset, seed):
-    """Indices of the images with a defect in two random halves, with half of each kind in each.
+    """Indices of two random halves of the images with a defect, each with half of each kind.
 
     The order of the samples does not matter.
     """
-    def kind(i):
-        return dataset.samples[i].kind or str(dataset.classes_in(i))
     named = sorted(dataset.defective(), key=lambda i: dataset.samples[i].name)
     shuffled = [named[i] for i in torch.randperm(len(named), generator=rng(seed)).tolist()]
-    ordered = sorted(shuffled, key=kind)
+    ordered = sorted(shuffled, key=lambda i: dataset.samples[i].kind or str(dataset.classes_in(i)))
     return ordered[::2], ordered[1::2]
 
 
@@ -322,12 +314,11 @@ def compare(run, training, sets, progress):
     steps, parts = 2 * run.args.steps, run.args.seeds
     numbers = {name: [] for name in ("other real images", *sets)}
     for part in range(parts):
-        reference, others = (tuple(pixels[half] for pixels in run.scored) for half in halves(run.test, part))
+        reference, others = (pick(run.scored, half) for half in halves(run.test, part))
         count = min(len(others[0]), *(len(images) // parts for images, _ in sets.values()))
         apart = [i * len(others[0]) // count for i in range(count)]         # of every kind its share
         drawn = slice(part * count, (part + 1) * count)
-        here = [tuple(pixels[apart] for pixels in others),
-                *(tuple(pixels[drawn] for pixels in pairs) for pairs in sets.values())]
+        here = [pick(others, apart), *(pick(pairs, drawn) for pairs in sets.values())]
         judged = len(reference[0]) >= JUDGE_NEEDS
         if judged:
             judge_masks = run.segmenter(INSPECTOR, reference, len(run.classes), part, steps)
@@ -339,21 +330,19 @@ def compare(run, training, sets, progress):
 
 def generation(run, progress):
     """Generated pairs beside held-out real ones: how far apart, what is copied, what the masks hold."""
-    train = tuple(part[run.train.defective()] for part in run.real)
-    test = tuple(part[run.test.defective()] for part in run.scored)
+    train, test = pick(run.real, run.train.defective()), pick(run.scored, run.test.defective())
     training, steps, parts = variants(*train, run.config["augment"]), 2 * run.args.steps, run.args.seeds
     count = min(len(test[0]) // 2, len(run.generated[0]) // parts)
     if len(test[0]) < 4 or not count:
         return not_run("Generation", f"{len(test[0])} held-out images have a defect and there are "
                        f"{len(run.generated[0])} pairs; it takes 4, and {parts} (--seeds)")
     numbers = compare(run, training, {"generated": run.generated}, progress)
-    names = list(numbers["generated"][0])
     rows = [[name, *(spread([values[name] for values in sets], 2) for sets in numbers.values())]
-            for name in names]
+            for name in numbers["generated"][0]]
     shares = [[name, *class_shares(masks, len(run.classes))] for name, masks in
               (("training", train[1]), ("held out", test[1]), ("generated", run.generated[1]))]
-    figures = generation_figures(run, train, training, test)
-    return {"title": "Generation", "numbers": numbers, "figures": figures, "wrong": faults(numbers),
+    return {"title": "Generation", "numbers": numbers,
+            "figures": generation_figures(run, train, training, test), "wrong": faults(numbers),
             "tables": [{"caption": "Pairs", "head": ["", *numbers], "rows": rows},
                        {"caption": "Masks: % of pixels (% of images that have it)", "rows": shares,
                         "head": ["set", "% empty", *run.classes[1:]]}],
@@ -373,7 +362,6 @@ def faults(numbers):
     """Sentences on what is wrong with the pairs at first sight: the report begins with them."""
     def mean(of, measure):
         return statistics.mean(part[measure] for part in numbers[of])
-
     empty, copies, fit = (mean("generated", measure) for measure in ("empty %", "copies %", "mask fit %"))
     real = mean("other real images", "mask fit %")
     found = {f"{empty:.0f} % of the masks are empty: train longer, or draw with --min-area-px 1.": empty > 50,
@@ -384,16 +372,13 @@ def faults(numbers):
 
 def generation_figures(run, train, training, test):
     """Generated pairs with the nearest training images, and real ones; each pair (images, masks)."""
-    every = max(1, len(run.generated[0]) // 8)
-    images, masks = (part[::every][:8] for part in run.generated)
-    nearest = distances(images, training[0], halved).argmin(1)
-    near_images, near_masks = (part[nearest] for part in training)
-    pictures = [("generated", list(images)), ("its mask", list(map(overlay, images, masks))),
-                ("nearest training", list(near_images)),
-                ("its mask", list(map(overlay, near_images, near_masks)))]
-    real = [(name, list(map(overlay, *(part[:: max(1, len(part) // 8)][:8] for part in pairs))))
+    images, masks = (spaced(part, 8) for part in run.generated)
+    near = pick(training, distances(images, training[0], halved).argmin(1))
+    nearest = [("generated", images), ("its mask", list(map(overlay, images, masks))),
+               ("nearest training", near[0]), ("its mask", list(map(overlay, *near)))]
+    real = [(name, [overlay(*pair) for pair in spaced(list(zip(*pairs)), 8)])
             for name, pairs in (("training", train), ("held out", test))]
-    return [run.figure("nearest.png", sheet(pictures, classes=run.classes),
+    return [run.figure("nearest.png", sheet(nearest, classes=run.classes),
                        "Generated pairs, and the training image nearest to each"),
             run.figure("real.png", sheet(real, classes=run.classes), "Real images with masks")]
 
@@ -402,13 +387,11 @@ def segmentation(run, progress):
     """mIoU on real images after training on real and on real + generated pairs, at equal optimiser steps."""
     args, pools = run.args, ("real", "real + generated")
     scores, shown = {}, {}
-    for arch in args.arch:
-        for pool in pools:
-            for seed in range(args.seeds):
-                shown[arch, pool] = run.predict(arch, pool, seed)
-                score = miou(confusion_matrix(shown[arch, pool], run.scored[1], len(run.classes)))
-                scores.setdefault((arch, pool), []).append(score)
-                progress(f"{arch}, {pool}, seed {seed}: mIoU {100 * score['miou']:.1f} %")
+    for arch, pool, seed in itertools.product(args.arch, pools, range(args.seeds)):
+        shown[arch, pool] = run.predict(arch, pool, seed)
+        score = miou(confusion_matrix(shown[arch, pool], run.scored[1], len(run.classes)))
+        scores.setdefault((arch, pool), []).append(score)
+        progress(f"{arch}, {pool}, seed {seed}: mIoU {100 * score['miou']:.1f} %")
     means, classes = [], []
     for arch in args.arch:
         for measure_name, words in (("miou", "mIoU"), ("miou_with_background", "with background")):
@@ -418,10 +401,10 @@ def segmentation(run, progress):
     for (arch, pool), seeds in scores.items():
         ious = zip(*(score["iou"] for score in seeds))
         classes.append([arch, pool, *(spread([100 * value for value in values], 1) for values in ious)])
-    defects = run.test.defective()
-    indices = defects[::max(1, len(defects) // 6)][:6]
-    rows = [(run.test.samples[i].kind, [run.scored[0][i]] + [
-        overlay(run.scored[0][i], masks[i]) for masks in (run.scored[1], *shown.values())]) for i in indices]
+    images, truth = run.scored
+    rows = [(run.test.samples[i].kind,
+             [images[i], *(overlay(images[i], masks[i]) for masks in (truth, *shown.values()))])
+            for i in spaced(run.test.defective(), 6)]
     titles = ["image", "truth", *(arch if pool == "real" else "+ generated" for arch, pool in shown)]
     return {"title": "Segmentation", "numbers": {" | ".join(key): seeds for key, seeds in scores.items()},
             "tables": [{"caption": "mIoU over the defect classes in %; the difference is paired by seed",
@@ -433,8 +416,8 @@ def segmentation(run, progress):
             "text": [f"{len(run.real[0])} real images, {len(run.mixed[0]) - len(run.real[0])} generated "
                      f"pairs more, drawn in this proportion; {args.steps} optimiser steps of 8 images; "
                      f"scored on {len(run.scored[0])} real images in one confusion matrix. ± is the "
-                     f"deviation over {args.seeds} seeds. "
-                     "A class without a pixel in the scoring images has no IoU and does not count."]}
+                     f"deviation over {args.seeds} seeds. A class without a pixel in the scoring images has "
+                     "no IoU and does not count."]}
 
 
 def inspection(run, progress):
@@ -450,18 +433,18 @@ def inspection(run, progress):
             check_shape(mask.shape, standard.native_size, f"--standard {given}, {sample.name}")
     truth = [verdict(judge(mask, standard, run.classes)) for mask in natives]
     progress(f"{truth.count('reject')} of {len(truth)} are to be rejected by their exact masks")
-    numbers = {}
-    for way in ("original: any defect", "real: standard", "real + generated: standard"):
-        pool = way.split(":")[0]
-        for seed in range(args.seeds):
-            masks = run.predict(INSPECTOR, pool, seed).numpy()
-            if pool == "original":
-                said = ["reject" if mask.any() else "accept" for mask in masks]
-            else:
-                said = [verdict(judge(mask, standard, run.classes, native_size=native.shape))
-                        for mask, native in zip(masks, natives)]
-            numbers.setdefault(way, []).append(recall_fpr(truth, said))
-            progress(f"{way}, seed {seed}")
+    ways = "original: any defect", "real: standard", "real + generated: standard"
+    numbers = {way: [] for way in ways}
+    for way, seed in itertools.product(ways, range(args.seeds)):
+        pool, rule = way.split(": ")
+        masks = run.predict(INSPECTOR, pool, seed).numpy()
+        if rule == "any defect":
+            said = ["reject" if mask.any() else "accept" for mask in masks]
+        else:
+            said = [verdict(judge(mask, standard, run.classes, native_size=native.shape))
+                    for mask, native in zip(masks, natives)]
+        numbers[way].append(recall_fpr(truth, said))
+        progress(f"{way}, seed {seed}")
     rows = []
     for way, seeds in numbers.items():
         tp, fn, fp, tn = (sum(rates[key] for rates in seeds) for key in ("tp", "fn", "fp", "tn"))
@@ -507,11 +490,11 @@ def interval(hits, trials, seeds):
 
 def print_table(table):
     """Print {"caption": text, "head": cells, "rows": lists of cells}, the columns aligned."""
-    rows = [table["head"], *table["rows"]]
-    widths = [max(len(str(row[c])) for row in rows) for c in range(len(rows[0]))]
+    rows = [list(map(str, row)) for row in (table["head"], *table["rows"])]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     print(table["caption"])
     for row in rows:
-        print("  " + "  ".join(str(cell).ljust(width) for cell, width in zip(row, widths)).rstrip())
+        print("  " + "  ".join(map(str.ljust, row, widths)).rstrip())
 
 
 STYLE = """
@@ -571,24 +554,24 @@ def write_report(folder, metrics):
 def parse_args(argv=None):
     """The flags, checked; --arch as a list."""
     parser = argparse.ArgumentParser(description="Run the experiments of a trained run and write its report.")
-    parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT",
-                        help=f"{' | '.join(EXPERIMENTS)} (default: all)")
-    parser.add_argument("--run", default="runs/demo", help="with pairs in RUN/samples (default: %(default)s)")
-    parser.add_argument("--data", help="the data set (default: the one the run was trained on)")
-    parser.add_argument("--original", metavar="DATA", help="the same images with an older annotation, as in "
-                        "MVTec AD (default: drawn data have one, else all classes are merged)")
-    parser.add_argument("--split", default="test", help="images to score on (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="segmenters of each kind, and parts "
-                        "of the pairs that ± is taken over (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=100, help="optimiser steps of a segmenter; twice that "
-                        "for the judge of masks (default: %(default)s)")
-    parser.add_argument("--arch", nargs="+", default=["deeplabv3+", "segformer"], help="networks of the "
-                        "segmentation; deeplabv3+:resnet50 names a backbone (default: both)")
-    parser.add_argument("--backbone-weights", metavar="FILE", help="or imagenet; see segment.py")
-    parser.add_argument("--standard", help="JSON file or name of the standard (default: that of the object)")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
-    parser.add_argument("--quick", action="store_true", help="one seed, 2 steps, 8 scoring images: shows "
-                        "that everything runs; the numbers mean nothing and go to RUN/quick")
+    add = parser.add_argument
+    add("experiments", nargs="*", metavar="EXPERIMENT", help=f"{' | '.join(EXPERIMENTS)} (default: all)")
+    add("--run", default="runs/demo", help="with pairs in RUN/samples (default: %(default)s)")
+    add("--data", help="the data set (default: the one the run was trained on)")
+    add("--original", metavar="DATA", help="the same images with an older annotation, as in MVTec AD "
+        "(default: drawn data have one, else all classes are merged)")
+    add("--split", default="test", help="images to score on (default: %(default)s)")
+    add("--seeds", type=int, default=3, help="segmenters of each kind, and parts of the pairs that ± is "
+        "taken over (default: %(default)s)")
+    add("--steps", type=int, default=100, help="optimiser steps of a segmenter; twice that for the judge of "
+        "masks (default: %(default)s)")
+    add("--arch", nargs="+", default=["deeplabv3+", "segformer"], help="networks of the segmentation; "
+        "deeplabv3+:resnet50 names a backbone (default: both)")
+    add("--backbone-weights", metavar="FILE", help="or imagenet; see segment.py")
+    add("--standard", help="JSON file or name of the standard (default: that of the object)")
+    add("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
+    add("--quick", action="store_true", help="one seed, 2 steps, 8 scoring images: shows that everything "
+        "runs; the numbers mean nothing and go to RUN/quick")
     args = parser.parse_args(argv)
     args.experiments = args.experiments or list(EXPERIMENTS)
     if unknown := set(args.experiments) - set(EXPERIMENTS):
@@ -607,14 +590,14 @@ def evaluate(args):
     run = Run(args)
     if args.quick:
         run.folder = run.folder / "quick"
-    metrics = read_json(run.folder / "metrics.json") if (run.folder / "metrics.json").exists() else {}
+    path = run.folder / "metrics.json"
+    metrics = read_json(path) if path.exists() else {}
     for name in args.experiments:
         start = time.perf_counter()
         print(f"--- {name}", flush=True)
 
         def progress(text):
             print(f"{time.perf_counter() - start:6.0f} s  {text}", flush=True)
-
         metrics[name] = result = EXPERIMENTS[name](run, progress)
         result["settings"] = {
             "data": run.data, "trained on": run.train.split_rule, "scored on": run.test.split_rule,
@@ -623,7 +606,7 @@ def evaluate(args):
             "versions": f"Python {platform.python_version()}, torch {torch.__version__}"}
         if args.quick:
             result["text"].insert(0, "A run-through of --quick: the numbers mean nothing.")
-        write_json(run.folder / "metrics.json", metrics)
+        write_json(path, metrics)
         write_report(run.folder, metrics)
         for table in result["tables"]:
             print_table(table)

@@ -19,13 +19,12 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torchvision.transforms.functional import normalize
 from tqdm import tqdm
 
 from datasets import (IGNORE, add_data_flags, as_tensor, defects, describe, has_bf16, images_in, listed,
                       open_dataset, open_picture, overlay, pair_paths, pick_device, run_main, sheet, to_mode,
                       white_of, write_atomically, write_classes, write_image, write_json)
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def padded(x: torch.Tensor, **how) -> torch.Tensor:
@@ -39,7 +38,7 @@ class Segmenter(nn.Module):
 
     lr = 1e-3                               # of `fit`, unless told otherwise
     backbones, backbone_name = (), None     # torchvision's names to choose from, and the one chosen
-    renamings, left_out = [(r"^", "backbone.")], "fc."      # of published weights, see our_names
+    renamings = [(r"^(?!fc\.)", "backbone.")]       # of published weights; fc is the head for ImageNet
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h, w = x.shape[-2:]
@@ -48,8 +47,7 @@ class Segmenter(nn.Module):
         return scores[..., :h, :w]
 
     def our_names(self, state: dict) -> dict:
-        """A published state dict under the names of this network, less the head of an ImageNet classifier."""
-        state = {name: value for name, value in state.items() if not name.startswith(self.left_out)}
+        """A published state dict under the names of this network."""
         for pattern, replacement in self.renamings:
             state = {re.sub(pattern, replacement, name): value for name, value in state.items()}
         return state
@@ -69,14 +67,13 @@ class Segmenter(nn.Module):
         overlap, total = (prob * truth).sum((0, 2, 3)), (prob + truth).sum((0, 2, 3))          # (K,)
         present = truth.sum((0, 2, 3)) > 0
         dice = 1 - 2 * overlap / total.clamp(min=1e-6)
-        return (cross_entropy / valid.sum().clamp(min=1)
-                + (dice * present).sum() / present.sum().clamp(min=1))
+        return cross_entropy / valid.sum().clamp(min=1) + (dice * present).sum() / present.sum().clamp(min=1)
 
 
 # --- DeepLabV3+ ---
 
 def resnet(name: str) -> nn.Module:
-    net = getattr(torchvision.models, name)(weights=None)
+    net = torchvision.models.get_model(name)
     net.width, net.fc = net.fc.in_features, nn.Identity()                         # channels of its last stage
     return net
 
@@ -99,10 +96,7 @@ def separable(c_in: int, c_out: int, dilation: int = 1) -> nn.Sequential:
 
 
 def dilate(stage: nn.Module) -> None:
-    """Take the stride 2 out of a ResNet stage and dilate what follows, in place: twice the resolution.
-
-    torchvision's replace_stride_with_dilation does the same but refuses the blocks of resnet18.
-    """
+    """Double a ResNet stage's resolution: dilation for stride, which torchvision refuses for resnet18."""
     for conv in stage.modules():
         if isinstance(conv, nn.Conv2d):
             if conv.stride == (2, 2):
@@ -171,9 +165,7 @@ class PatchEmbedding(nn.Module):
 
 
 def attend(q, k, v, num_heads: int, mask=None) -> torch.Tensor:
-    """Multi-head attention of queries (B, N, C) to keys and values (B, M, C); mask (B, 1, N, M) is True where
-    a query may look.
-    """
+    """Multi-head attention of (B, N, C) to (B, M, C); mask (B, 1, N, M): True where a query may look."""
     q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, N, C)
     return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
 
@@ -185,8 +177,7 @@ class EfficientAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
-        self.reduce = (PatchEmbedding(dim, dim, reduction, reduction, padding=0) if reduction > 1
-                       else nn.Identity())
+        self.reduce = PatchEmbedding(dim, dim, reduction, reduction, 0) if reduction > 1 else nn.Identity()
 
     def forward(self, x):
         tokens, coarse = x.flatten(1, 2), self.reduce(x).flatten(1, 2)        # (B, H W, C), (B, H W / R^2, C)
@@ -197,9 +188,9 @@ class EfficientAttention(nn.Module):
 class MixFFN(nn.Module):
     """Pixel-wise MLP with a depthwise 3x3 inside, whose zero padding tells a pixel where it is."""
 
-    def __init__(self, dim: int, expansion: int = 4):
+    def __init__(self, dim: int):
         super().__init__()
-        hidden = dim * expansion
+        hidden = 4 * dim
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
 
@@ -264,7 +255,7 @@ MIT_NAMES = [
 class SegFormer(Segmenter):
     """MiT-B0 and the all-MLP head: bring the four maps to 256 channels and stride 4, join them, classify."""
 
-    renamings, left_out = MIT_NAMES, "classifier."
+    renamings = MIT_NAMES
 
     def __init__(self, num_classes: int, width: int = 256):
         super().__init__()
@@ -329,8 +320,7 @@ def read_state(source: str | Path, backbone_name: str | None) -> dict:
 def load_backbone(net: Segmenter, source: str | Path) -> str:
     """Load published weights into net.backbone, and into a head for as many classes; say what was loaded.
 
-    `source` is "imagenet" or a file: torchvision's ResNets for DeepLabV3+; for SegFormer those of Hugging
-    Face (nvidia/mit-b0, nvidia/segformer-b0-*).
+    source: "imagenet", a file of torchvision (ResNets) or of Hugging Face (nvidia/mit-b0, segformer-b0-*).
     """
     state = net.our_names(read_state(source, net.backbone_name))
     theirs, ours = ({f"{name} {tuple(value.shape)}" for name, value in part.items()}
@@ -354,8 +344,8 @@ def to_input(images: torch.Tensor) -> torch.Tensor:
     """(B, 1 or 3, H, W) in 0..255 -> (B, 3, H, W) float, normalised as ImageNet, channels last as `build`."""
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images are {tuple(images.shape)}, expected (N, 1 or 3, H, W)")
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return ((images / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+    normal = normalize(images.expand(-1, 3, -1, -1) / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return normal.contiguous(memory_format=torch.channels_last)
 
 
 def draw_table(masks: torch.Tensor) -> torch.Tensor:
@@ -450,10 +440,9 @@ def fit(net: Segmenter, images: torch.Tensor, masks: torch.Tensor, steps: int, b
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()
             if step % 50 == 49 or step == steps - 1:                # not each step: looking waits for the GPU
-                bad = (~torch.stack(losses).isfinite()).nonzero()
-                if len(bad):
-                    at = bad[0].item()
-                    raise FloatingPointError(f"the loss is {losses[at]} at step {at}: try a smaller lr")
+                for at, value in enumerate(torch.stack(losses).tolist()):
+                    if not math.isfinite(value):
+                        raise FloatingPointError(f"the loss is {value} at step {at}: try a smaller lr")
     net.eval()
     return torch.stack(losses).tolist()
 
@@ -527,7 +516,7 @@ def miou(confusion: torch.Tensor) -> dict:
 
 def predict_photos(args):
     """Masks of native size for a folder of photos, in args.out, with overlays; what is there is kept."""
-    out, photos = args.out, images_in(Path(args.predict))
+    out, photos = Path(args.out), images_in(Path(args.predict))
     masks_of, classes = load_segmenter(args.weights, pick_device(args.device))
     if not photos:
         raise ValueError(f"--predict {args.predict}: no photos in this folder, or no such folder")
@@ -543,29 +532,9 @@ def predict_photos(args):
     print(f"{len(photos)} masks in {out}; next: python inspect_rules.py --standard NAME --masks {out}")
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description="Train and score one segmenter, or predict new photos.")
-    add_data_flags(parser, split="train")
-    add = parser.add_argument
-    add("--test-split", default="test", help="the images to score on (default: %(default)s)")
-    add("--arch", default="segformer", help="or deeplabv3+, deeplabv3+:resnet50 (default: %(default)s)")
-    add("--size", type=int, nargs=2, default=[64, 64], metavar=("H", "W"), help="of images")
-    add("--steps", type=int, default=200, help="training steps (default: %(default)s)")
-    add("--batch-size", type=int, default=8, help="images per step (default: %(default)s)")
-    add("--lr", type=float, help="learning rate of AdamW (default: 1e-3)")
-    add("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
-    add("--backbone-weights", metavar="FILE", help="or imagenet: torchvision's")
-    add("--device", help="cpu, cuda, cuda:1 ... (default: the accelerator if there is one)")
-    add("--out", type=Path, default=Path("runs/segment"), help="default: %(default)s")
-    add("--predict", metavar="PHOTOS", help="do not train: write masks of this folder's photos to --out")
-    add("--weights", default="runs/segment/segment.pt", metavar="FILE", help="of --predict (default: "
-        "%(default)s)")
-    return parser.parse_args()
-
-
 def train_and_score(args):
     """Train a segmenter, score it on --test-split, and write it with pictures to args.out."""
-    device = pick_device(args.device)
+    device, out = pick_device(args.device), Path(args.out)
     train, test = (open_dataset(args.data, args.size, split, args.object)
                    for split in (args.split, args.test_split))
     config = {"arch": args.arch, "num_classes": len(train.classes), "seed": args.seed}
@@ -582,19 +551,34 @@ def train_and_score(args):
     for name, iou in zip(train.classes, score["iou"]):
         print(f"  {name:<24}{'no pixel in ' + args.test_split if math.isnan(iou) else f'{iou:.4f}'}")
     print(f"miou {score['miou']:.4f}  miou_with_background {score['miou_with_background']:.4f}")
-    write_json(args.out / "segment.json", {"settings": {**vars(args), "out": str(args.out)},
-                                           "classes": train.classes, **score})
+    write_json(out / "segment.json", {"settings": vars(args), "classes": train.classes, **score})
     saved = {"build": config, "model": net.cpu().state_dict(), "classes": list(train.classes),
-             "size": list(args.size)}
-    write_atomically(args.out / "segment.pt", lambda path: torch.save(saved, path))
+             "size": args.size}
+    write_atomically(out / "segment.pt", lambda path: torch.save(saved, path))
     rows = [(test.samples[i].kind, [images[i], overlay(images[i], target[i]), overlay(images[i], pred[i])])
             for i in range(0, len(test), math.ceil(len(test) / 12))]
-    write_image(args.out / "predictions.png", sheet(rows, ("image", "truth", "prediction"), train.classes))
-    print(f"wrote {args.out}/segment.json, segment.pt, predictions.png")
+    write_image(out / "predictions.png", sheet(rows, ("image", "truth", "prediction"), train.classes))
+    print(f"wrote {out}/segment.json, segment.pt, predictions.png")
 
 
 def main():
-    args = parse_args()
+    parser = argparse.ArgumentParser(description="Train and score one segmenter, or predict new photos.")
+    add_data_flags(parser, split="train")
+    add = parser.add_argument
+    add("--test-split", default="test", help="the images to score on (default: %(default)s)")
+    add("--arch", default="segformer", help="or deeplabv3+, deeplabv3+:resnet50 (default: %(default)s)")
+    add("--size", type=int, nargs=2, default=[64, 64], metavar=("H", "W"), help="of images")
+    add("--steps", type=int, default=200, help="training steps (default: %(default)s)")
+    add("--batch-size", type=int, default=8, help="images per step (default: %(default)s)")
+    add("--lr", type=float, help="learning rate of AdamW (default: 1e-3)")
+    add("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    add("--backbone-weights", metavar="FILE", help="or imagenet: torchvision's")
+    add("--device", help="cpu, cuda, cuda:1 ... (default: the accelerator if there is one)")
+    add("--out", default="runs/segment", help="default: %(default)s")
+    add("--predict", metavar="PHOTOS", help="do not train: write masks of this folder's photos to --out")
+    add("--weights", default="runs/segment/segment.pt", metavar="FILE", help="of --predict (default: "
+        "%(default)s)")
+    args = parser.parse_args()
     (predict_photos if args.predict else train_and_score)(args)
 
 
