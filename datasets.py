@@ -31,15 +31,16 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 import inspect_rules
 from data.drawn import DRAWN, draw
-from inspect_rules import (IGNORE, LABELS, find_components, find_runs, grouped, listed, read_classes,
-                           read_json)
+from inspect_rules import (IGNORE, IMAGE_SUFFIXES, LABELS, find_components, find_runs, grouped, listed,
+                           read_classes, read_json)
 
 LAYOUTS = """  image/<kind>/<stem>.png with mask/<kind>/<stem>_mask.png, class indices (Defect Spectrum)
   images/<kind>/<stem>.png with masks/<kind>/<stem>.png or <stem>_mask.png, class indices; also without kinds
   images/train/..., images/val/... with masks/train/..., masks/val/...: likewise, in splits
   test/<kind>/<stem>.png with ground_truth/<kind>/<stem>_mask.png, 0/255: the class is the kind (MVTec AD)"""
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
-SPLITS = dict(train="train", training="train", val="val", valid="val", validation="val", test="test")
+CONVERT = "Convert any other layout with: python data/convert.py {} --out NEW"
+SPLITS = dict(train="train", training="train", val="val", valid="val", validation="val", test="test",
+              testing="test")
 GOOD_KINDS = {"good", "ok", "Normal", "MT_Free"}    # products without a defect; they may come without masks
 FEW_SHOT = 5                        # images per kind that train where there is no split (the authors' rule)
 AUGMENTATIONS = ("flip", "turn")
@@ -80,10 +81,10 @@ def open_picture(path):
         raise ValueError(f"{path}: cannot be read as an image ({error}); replace or remove it") from None
 
 
-def to_mode(picture, channels, white=65535):
+def to_mode(picture, channels, white=None):
     """A PIL image in mode L or RGB: 16-bit grey is scaled by `white`, alpha dropped, palettes looked up."""
     if picture.mode[0] in "IF":                                 # I, I;16, F: Pillow's modes of 16-bit grey
-        narrow = np.nan_to_num(np.asarray(picture, np.float64)) * (255 / white)
+        narrow = np.nan_to_num(np.asarray(picture, np.float64)) * (255 / (white or 65535))
         picture = Image.fromarray(narrow.clip(0, 255).round().astype(np.uint8))
     if picture.mode in ("P", "PA"):
         picture = picture.convert("RGBA")       # through RGBA: a palette with transparency warns otherwise
@@ -115,12 +116,16 @@ def channels_of(samples):
 
 
 def white_of(paths):
-    """What is white in 16-bit grey photos: the largest value of as few bits as hold those of all of them."""
+    """What is white in 16-bit grey photos: the largest value of as few bits as hold those of all of them.
+
+    1 where floats end at 1; None where no photo has 16 bits.
+    """
     def highest(path):
         with suppress(Exception), Image.open(path) as picture:      # a broken one is reported when it is read
-            return np.nan_to_num(np.asarray(picture)).max() if picture.mode[0] in "IF" else 0
-    top = max((top or 0 for top, _ in in_threads(highest, paths)), default=0)
-    return next((2**bits - 1 for bits in (8, 10, 12, 14) if top < 2**bits), 65535)
+            return np.nan_to_num(np.asarray(picture)).max() if picture.mode[0] in "IF" else None
+    tops = [top for top, _ in in_threads(highest, paths) if top is not None]
+    bits = next((bits for bits in (1, 8, 10, 12, 14) if max(tops, default=0) < 2**bits), 16)
+    return 2**bits - 1 if tops else None
 
 
 def in_threads(function, items):
@@ -145,7 +150,7 @@ class DefectDataset:
     Attributes: name, classes (tuple, [0] = "background"), samples (list of Sample), channels (1 or 3),
     size ((H, W) or None), kinds (of all images), splits ({name: sample names} of split.json or folders),
     split_rule (what decided which images are here), notes (sentences on how files are read), problems (files
-    without a partner, and what they lack), white (of 16-bit grey photos).
+    without a partner, and what they lack), white (of 16-bit grey photos, else None).
     """
 
     def __init__(self, name, classes, samples, channels, splits=(), notes=(), problems=()):
@@ -153,8 +158,8 @@ class DefectDataset:
         self.splits, self.notes, self.problems = dict(splits), list(notes), list(problems)
         self.size, self.split_rule, self.kinds = None, "all images", {sample.kind for sample in samples}
         self._classes_in = {}                                   # shared by all subsets
-        self.white = white_of([sample.image for sample in samples]) if channels == 1 else 65535
-        if 255 < self.white < 65535:
+        self.white = white_of([sample.image for sample in samples]) if channels == 1 else None
+        if self.white not in (None, 65535):
             bits = self.white.bit_length()
             self.notes.append(f"warning: photos use {bits} of 16 bits: {self.white} is taken for white")
 
@@ -167,7 +172,10 @@ class DefectDataset:
     def read(self, i, size=None):
         """Image uint8 (C, H, W) and mask uint8 (H, W) at `size` or native; photos bilinear, masks nearest."""
         path, mask = self.samples[i].image, self.read_mask(i)
-        picture = to_mode(open_picture(path), self.channels, self.white)
+        picture = open_picture(path)
+        if self.white is None and picture.mode[0] in "IF":
+            raise ValueError(f"{path}: is 16-bit grey among photos in colour; save it with 8 bits")
+        picture = to_mode(picture, self.channels, self.white)
         if picture.size != mask.shape[::-1]:
             raise ValueError(f"{path} is {picture.height}x{picture.width} but its mask is "
                              "{}x{}; they must have the same size (data/convert.py enlarges masks by "
@@ -215,8 +223,9 @@ class DefectDataset:
         """Images uint8 (N, C, H, W), masks uint8 (N, H, W) at `size`. A ValueError names every bad file."""
         pairs, errors = zip(*in_threads(self.__getitem__, range(len(self))))
         if errors := [error for error in errors if error]:
+            named = [(error.split(":")[0], error) for error in errors]
             raise ValueError(f"{len(errors)} of {len(self)} samples of {self.name} cannot be used:\n  "
-                             + "\n  ".join(errors))
+                             + "\n  ".join(grouped(named)))
         images, masks = zip(*pairs)
         return torch.stack(images), torch.stack(masks)
 
@@ -233,7 +242,8 @@ class DefectDataset:
             group = "kind" if all(sample.kind for sample in self.samples) else "class"
             rule = f"the first {FEW_SHOT} images of each {group} train"
         if split not in splits:
-            raise ValueError(f"{self.name} has no split '{split}'; there are {', '.join(splits)}")
+            raise ValueError(f"{self.name} has no split '{split}'; there are {', '.join(splits)}; choose one "
+                             f"with --split, or write a split.json")
         missing = set(splits[split]) - {sample.name for sample in self.samples}
         if missing and not self.problems:
             raise ValueError(f"split.json, '{split}': {len(missing)} images are not there: {listed(missing)}."
@@ -281,7 +291,7 @@ def open_dataset(spec, size=None, split=None, object=None):
     dataset = find_dataset(spec, object)
     if dataset.problems:
         raise ValueError(f"{spec}: {len(dataset.problems)} files find no partner of their name: "
-                         + listed(dataset.problems))
+                         f"{listed(dataset.problems)}. data/convert.py reads more ways of naming masks")
     dataset = dataset if split is None else dataset.part(split)
     dataset.size = None if size is None else tuple(size)
     return dataset
@@ -302,11 +312,14 @@ def find_dataset(spec, object=None):
     objects = find_objects(root)
     if not objects:
         raise ValueError(f"--data {root}: no layout that is read here, there or below. Expected\n{LAYOUTS}\n"
-                         f"Convert any other with: python data/convert.py {root} --out NEW")
+                         + CONVERT.format(root))
     wanted = [object] if object in objects else [
         name for name in objects if not object or name.split("/")[-1] == object]
     if not wanted:
         raise FileNotFoundError(f"--object {object}: not in {root}; there are {listed(objects, 60)}")
+    if {name.lower() for name in objects} <= SPLITS.keys():
+        raise ValueError(f"--data {root} holds {', '.join(objects)}: splits of one object? "
+                         + CONVERT.format(root))
     if len(wanted) > 1:
         raise ValueError(f"--data {root} holds several; choose one with --object: {listed(wanted, 60)}")
     return read_folder(*objects[wanted[0]])
@@ -321,7 +334,7 @@ def read_folder(photos, masks):
         classes = "background", *binary_kinds
     samples, problems = find_pairs(photos, masks, binary_kinds)
     if not samples and not problems:
-        raise ValueError(f"--data {root}: no images in it; expected\n{LAYOUTS}")
+        raise ValueError(f"--data {root}: no images in it; expected\n{LAYOUTS}\n{CONVERT.format(root)}")
     if (root / "classes.json").exists():
         classes = read_classes(root / "classes.json")
     elif name in FOREIGN:
@@ -477,6 +490,16 @@ def write_classes(folder, classes):
     write_json(Path(folder) / "classes.json", {str(i): name for i, name in enumerate(classes)})
 
 
+def begin(folder, classes, settings):
+    """Begin a data set, or go on with one that was made with the same settings: see its config.json."""
+    config = Path(folder) / "config.json"
+    if config.exists() and read_json(config) != settings:
+        raise ValueError(f"{folder} holds what was made with other settings or checkpoints, see its "
+                         "config.json; remove it, or choose another --out")
+    write_classes(folder, classes)
+    write_json(config, settings)
+
+
 # --- pictures for the eye ---
 
 def colorize(mask):
@@ -585,7 +608,7 @@ def run_main(main):
 def in_between(mask):
     """Whether edges of a mask pass through the values in between, as JPEG and smooth enlarging leave them."""
     picture = Image.fromarray(np.where(defects(mask), mask, 0))
-    picture = picture.crop(picture.getbbox())
+    picture = ImageOps.expand(picture.crop(picture.getbbox()), 2)       # with the background around it
     low, high = (np.array(picture.filter(kind(5))) for kind in (ImageFilter.MinFilter, ImageFilter.MaxFilter))
     return ((low < np.array(picture)) & (np.array(picture) < high)).sum() > 0.1 * (low < high).sum()
 
@@ -621,7 +644,9 @@ def audit(dataset):
         mask, sample = dataset.read(i)[1].numpy(), dataset.samples[i]
         counts = np.bincount(mask[mask != IGNORE], minlength=len(dataset.classes))
         share = counts[1:].sum() / mask.size
-        doubts = {"the mask is empty": not share and sample.mask and sample.kind not in GOOD_KINDS,
+        good = sample.kind in GOOD_KINDS
+        doubts = {"the mask is empty": not share and sample.mask and not good,
+                  "lies among the good ones, but its mask shows a defect": good and share,
                   "nearly all of the mask is defect; is it inverted?": share > 0.8,
                   "edges pass through the classes in between, as JPEG or smooth enlarging leaves them; save "
                   "masks as PNG, enlarge them by nearest": counts[2:].any() and in_between(mask),

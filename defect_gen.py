@@ -190,6 +190,17 @@ def load_stage(folder, stage, step=None):
     return checkpoint
 
 
+def check_fit(run, large, small):
+    """Raise ValueError, naming the setting, where the configs of two stages make no generator."""
+    for key in ("images", "classes", "channels", "augment", "statistics", "T", "target"):
+        if large[key] != small[key]:
+            values = "" if key in ("images", "statistics") else f" ({large[key]} and {small[key]})"
+            raise ValueError(f"{run}: the stages differ in {key}{values}; train one of them again")
+    if large["size"] != small["size"] and large["t_range"][0] > 0:
+        raise ValueError(f"{run}: a large stage of another size than the small one draws to the end, but "
+                         f"knows only {large['t_range'][0]} <= t: train it with --t-range full")
+
+
 # --- the generator ---
 
 class DefectGen:
@@ -232,11 +243,7 @@ class DefectGen:
             raise FileNotFoundError(f"--run {run}: no such folder; train first: "
                                     f"python train.py --stage large --out {run}")
         large, small = (load_stage(Path(run) / stage, stage, step) for stage in STAGES)
-        for key in ("images", "classes", "channels", "augment", "statistics", "T", "target"):
-            ours, theirs = large["config"][key], small["config"][key]
-            if ours != theirs:
-                values = "" if key in ("images", "statistics") else f" ({ours} and {theirs})"
-                raise ValueError(f"{run}: the stages differ in {key}{values}; train one of them again")
+        check_fit(run, large["config"], small["config"])
         return cls(large, small, torch.device(device))
 
     def denoiser(self, net):
@@ -252,9 +259,6 @@ class DefectGen:
             asked["large"] = steps                                  # a plan is drawn to its end
         for stage, (low, high) in self.t_ranges.items():
             unknown = [t for t in asked[stage] if not low <= t < high]
-            if unknown and stage == "large" and self.plan_size != self.size:
-                raise ValueError(f"a large stage of another size than the small one draws to the end, but "
-                                 f"knows only {low} <= t: train it with --t-range full")
             if unknown:
                 least, most = self.t_ranges["large"][0], self.t_ranges["small"][1]
                 raise ValueError(f"--switch-t {switch_t} asks the {stage} stage at t = {unknown[0]}, but it "

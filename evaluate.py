@@ -154,7 +154,7 @@ def measure(pairs, seen_masks, training, reference):
             "empty %": 100 * (1 - defects(masks).flatten(1).any(1).double().mean().item()),
             "defects %": 100 * defects(masks).double().mean().item(),
             "copies %": 100 * (new < COPY_BELOW).double().mean().item(), "novelty": new.median().item(),
-            "defect novelty": novelty(*crops).median().item() if len(crops[0]) else math.nan,
+            "defect novelty": novelty(*crops).median().item() if all(map(len, crops)) else math.nan,
             "shape": shape_distance(images, reference[0]).mean().item(), "mask fit %": fit}
 
 
@@ -234,6 +234,9 @@ class Run(TrainedRun):
             raise FileNotFoundError(f"{self.folder}/samples: no pairs; draw them: "
                                     f"python sample.py --run {self.folder}")
         self.generated = open_dataset(self.folder / "samples", self.size).tensors()
+        empty = 100 * (~defects(self.generated[1]).flatten(1).any(1)).double().mean().item()
+        self.wrong = [f"{empty:.0f} % of the masks are empty: train longer, or draw with --min-area-px 1."]
+        self.wrong = self.wrong if empty > 50 else []
 
     @cached_property
     def mixed(self):
@@ -362,10 +365,9 @@ def faults(numbers):
     """Sentences on what is wrong with the pairs at first sight: the report begins with them."""
     def mean(of, measure):
         return statistics.mean(part[measure] for part in numbers[of])
-    empty, copies, fit = (mean("generated", measure) for measure in ("empty %", "copies %", "mask fit %"))
+    copies, fit = (mean("generated", measure) for measure in ("copies %", "mask fit %"))
     real = mean("other real images", "mask fit %")
-    found = {f"{empty:.0f} % of the masks are empty: train longer, or draw with --min-area-px 1.": empty > 50,
-             f"{copies:.0f} % of the pairs copy a training photo.": copies > 50,
+    found = {f"{copies:.0f} % of the pairs copy a training photo.": copies > 50,
              f"Masks fit their pictures to {fit:.0f} %, those of real ones to {real:.0f} %.": fit < real / 2}
     return [sentence for sentence, holds in found.items() if holds]
 
@@ -533,8 +535,8 @@ def write_report(folder, metrics):
     parts = ["<!doctype html><html lang=en><head><meta charset=utf-8>",
              "<meta name=viewport content='width=device-width,initial-scale=1'>",
              f"<title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>"]
-    wrong = [sentence for result in metrics.values() for sentence in result.get("wrong", ())]
-    parts += [f"<p class=wrong>{html.escape(sentence)}</p>" for sentence in wrong]
+    wrong = [sentence for result in metrics.values() for sentence in result["wrong"]]
+    parts += [f"<p class=wrong>{html.escape(sentence)}</p>" for sentence in dict.fromkeys(wrong)]
     for result in metrics.values():
         parts.append(f"<h2>{html.escape(result['title'])}</h2>")
         parts += [html_table(table) for table in result["tables"]]
@@ -599,6 +601,7 @@ def evaluate(args):
         def progress(text):
             print(f"{time.perf_counter() - start:6.0f} s  {text}", flush=True)
         metrics[name] = result = EXPERIMENTS[name](run, progress)
+        result["wrong"] = [*run.wrong, *result.get("wrong", ())]
         result["settings"] = {
             "data": run.data, "trained on": run.train.split_rule, "scored on": run.test.split_rule,
             "size": "x".join(map(str, run.size)), "backbone weights": args.backbone_weights or "none",
@@ -610,7 +613,7 @@ def evaluate(args):
         write_report(run.folder, metrics)
         for table in result["tables"]:
             print_table(table)
-        print(*result["text"], *result.get("wrong", ()), sep="\n")
+        print(*result["text"], *result["wrong"], sep="\n")
     print(f"report: {run.folder / 'report.html'}")
 
 

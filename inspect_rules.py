@@ -33,6 +33,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 IGNORE = 255        # a mask's value beside class indices: not to be scored, never a defect
 
 # Class tables of the published Defect Spectrum masks: a pixel's value is an index into its object's tuple.
@@ -194,7 +195,7 @@ def judge(mask, standard, classes, image="mask", native_size=None) -> list[Findi
             value = MEASURES[rule.measure](measured, pixel)
             decision, margin, box = standard.unnamed, None, ()
             if rule.limit is not None:
-                margin = rule.limit - value
+                margin = float(f"{rule.limit - value:.12g}")     # 0.7 - 1 is -0.3
                 decision = "reject" if value > 0 and value >= rule.limit else "accept"
             runs = np.concatenate([np.zeros((3, 0), int), *measured], axis=1)
             if measured:
@@ -379,12 +380,14 @@ def read_mask(path, classes=(), label=None) -> np.ndarray:
     if mode == "RGB" and (mask == mask[..., :1]).all():
         mode, mask = "L", mask[..., 0]
     if mode not in ("1", "L", "P", "I", "I;16"):
-        raise ValueError(f"{path}: is {mode}, but a mask has one channel, whose values are class indices")
+        raise ValueError(f"{path}: is {mode}, but a mask has one channel, whose values are class indices; "
+                         "data/convert.py reads masks in colours")
     if label is not None:
         return (mask >= 128) * label
     top = int(mask.max())
     if mode == "1" or (top in (255, 65535) and top >= len(classes) and np.isin(mask, (0, top)).all()):
-        raise ValueError(f"{path}: is a binary 0/255 mask; values must be class indices 0, 1, 2, ...")
+        raise ValueError(f"{path}: is a binary 0/255 mask; values must be class indices 0, 1, 2, ... "
+                         "data/convert.py makes them")
     return mask
 
 
@@ -437,11 +440,12 @@ def wilson_interval(hits, trials):
 def find_masks(folder) -> dict:
     """{path below folder without suffix: path} of all pictures, or of those in mask/ or masks/ if any are."""
     paths = [path.relative_to(folder) for path in sorted(folder.rglob("*"))
-             if path.suffix.lower() in (".png", ".bmp", ".tif", ".tiff") and path.name[0] != "."]
-    paths = [path for path in paths if {"mask", "masks"} & {*path.parts[:-1]}] or paths
+             if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."]
+    paths = [path for path in paths if {"mask", "masks"} & {*path.parts[:-1]}] or [
+        path for path in paths if path.suffix.lower() not in (".jpg", ".jpeg")]         # those are photos
     masks = {path.with_suffix("").as_posix(): folder / path for path in paths}
     if not masks:
-        raise ValueError(f"--masks {folder}: no masks (.png, .bmp, .tif) below this folder")
+        raise ValueError(f"--masks {folder}: no masks (.png, .bmp, .tif, .webp) below this folder")
     if len(masks) < len(paths):
         raise ValueError(f"--masks {folder}: two masks differ only in their suffix; rename one")
     return masks

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from datasets import (DefectDataset, Sample, as_tensor, channels_of, defects, find_objects, images_in,
+from datasets import (DefectDataset, Sample, as_tensor, begin, channels_of, defects, find_objects, images_in,
                       open_dataset, open_picture, overlay, pair_paths, pick_device, run_main, sheet, to_mode,
                       write_classes, write_image, write_json, write_pair)
 from defect_gen import NUM_STEPS, SWITCH_T, DefectGen
@@ -117,16 +117,6 @@ def open_run(args):
     return generator
 
 
-def begin(args, generator, out, settings):
-    """Make the folder of a data set and note how it is drawn. Raises where it holds pairs of another way."""
-    settings.update(steps_trained=generator.steps_trained)
-    if (out / "config.json").exists() and read_json(out / "config.json") != settings:
-        raise ValueError(f"{out} holds pairs of other settings or checkpoints, see its config.json; "
-                         f"remove it, or choose another --out")
-    write_classes(out, generator.classes)
-    write_json(out / "config.json", settings)
-
-
 def write_sheet(out, pairs, photos=()):
     """Write OUT/sheet.png: the first 32 pairs of an opened data set, below the photos painted into."""
     images, masks = pairs.subset(range(min(32, len(pairs)))).tensors()
@@ -155,8 +145,8 @@ def draw_pairs(args):
     generator.timesteps(args.num_steps, args.spacing, args.switch_t)    # refused before writing
     names = "num_steps", "sampler", "spacing", "switch_t", "defect", "min_area_px", "max_area_px"
     settings = {name: getattr(args, name) for name in names}
-    settings.update(size=list(size))
-    begin(args, generator, out, settings)
+    settings.update(size=list(size), steps_trained=generator.steps_trained)
+    begin(out, generator.classes, settings)
 
     batch_size = args.batch_size or min(16, max(1, 16 * 256 ** 2 // math.prod(size)))
     choosy = args.defect or args.min_area_px or args.max_area_px is not None
@@ -177,10 +167,10 @@ def draw_pairs(args):
 
     pairs, config = open_dataset(out, size), generator.config
     write_sheet(out, pairs)
+    print(f"masks: {mask_shares(pairs)}")
     with contextlib.suppress(OSError, ValueError):                  # the photos may lie on another machine
         train = open_dataset(config["data"], split=config["split"], object=config.get("object"))
-        real = mask_shares(train.subset(train.defective()))
-        print(f"masks: {mask_shares(pairs)}; trained on: {real}")
+        print(f"trained on: {mask_shares(train.subset(train.defective()))}")
     drawn = f" of {len(seeds) - len(missing)} drawn" if choosy else ""
     print(f"{kept} pairs{drawn} in {out}, contact sheet {out / 'sheet.png'}")
     if out == Path(args.run) / "samples":
@@ -209,6 +199,7 @@ def open_photos(args, generator):
         photos = DefectDataset(spec, generator.classes, samples, channels_of(samples))
     if not len(photos):
         raise ValueError(f"--photos {spec}: no photos in this folder")
+    photos.white = generator.config.get("white") or photos.white
     if photos.channels != channels:
         raise ValueError(f"--photos {spec}: they have {photos.channels} channels, those that {args.run} was "
                          f"trained on {channels}; convert them")
@@ -330,7 +321,7 @@ class Painter:
     def __init__(self, args, generator):
         self.generator, self.min_fit, self.side = generator, args.min_fit, min(generator.size) // 4
         self.photos, self.wishes = open_photos(args, generator), Wishes(args, generator)
-        self.judge, classes = load_segmenter(args.judge, generator.device) if args.judge else (None, None)
+        self.judge, classes, _ = load_segmenter(args.judge, generator.device) if args.judge else [None] * 3
         if classes not in (None, generator.classes):
             raise ValueError(f"--judge {args.judge} knows {', '.join(classes)}, but {args.run} draws "
                              f"{', '.join(generator.classes)}")
@@ -382,7 +373,8 @@ def paint_pairs(args):
     generator = open_run(args)
     painter, out = Painter(args, generator), Path(args.out or Path(args.run) / "painted")
     names = "photos", "split", "masks", "where", "judge", "min_fit", "defect"
-    begin(args, generator, out, {name: getattr(args, name) for name in names})
+    settings = {name: getattr(args, name) for name in names}
+    begin(out, generator.classes, {**settings, "steps_trained": generator.steps_trained})
     source = out / "source.json"
     records, seeds = read_json(source) if source.exists() else {}, args.seeds or list(range(args.count))
     failed = Counter()

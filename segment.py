@@ -10,6 +10,7 @@ scores, the highest of which is the prediction; K = num_classes counts backgroun
 References: DeepLabV3+ Chen et al. 2018, arXiv 1802.02611; SegFormer Xie et al. 2021, arXiv 2105.15203.
 """
 import argparse
+import hashlib
 import math
 import pickle
 import re
@@ -22,9 +23,9 @@ from torch import nn
 from torchvision.transforms.functional import normalize
 from tqdm import tqdm
 
-from datasets import (IGNORE, add_data_flags, as_tensor, defects, describe, has_bf16, images_in, listed,
-                      open_dataset, open_picture, overlay, pair_paths, pick_device, run_main, sheet, to_mode,
-                      white_of, write_atomically, write_classes, write_image, write_json)
+from datasets import (IGNORE, add_data_flags, as_tensor, begin, defects, describe, has_bf16, images_in,
+                      listed, losses, open_dataset, open_picture, overlay, pair_paths, pick_device, run_main,
+                      sheet, to_mode, white_of, write_atomically, write_classes, write_image, write_json)
 
 
 def padded(x: torch.Tensor, **how) -> torch.Tensor:
@@ -459,16 +460,16 @@ def predict(net: Segmenter, images: torch.Tensor, batch_size: int = 16, bf16: bo
 
 
 def load_segmenter(path, device="cpu"):
-    """The network that `python segment.py` wrote, as (images -> masks, classes).
+    """The network that `python segment.py` wrote, as (images -> masks, classes, white).
 
     Images uint8 (N, C, H, W) of any size are shown to it at the size that it was trained at; masks are uint8
-    (N, H, W). Raises ValueError where the file is another's.
+    (N, H, W). white: of the 16-bit photos trained on, None if they had 8. Raises ValueError for other files.
     """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         net = build(**saved["build"])
         net.load_state_dict(saved["model"])
-    except FileNotFoundError:
+    except OSError:
         raise
     except Exception as error:      # the reader raises many types; to the user they are one fact
         raise ValueError(f"{path}: damaged, or not written by segment.py ({str(error)[:80]})") from None
@@ -478,7 +479,7 @@ def load_segmenter(path, device="cpu"):
         small = F.interpolate(images.float(), saved["size"], mode="bilinear", antialias=True).round().byte()
         masks = predict(net, small, bf16=has_bf16(device))
         return F.interpolate(masks[:, None], images.shape[2:], mode="nearest-exact")[:, 0]
-    return masks_of, tuple(saved["classes"])
+    return masks_of, tuple(saved["classes"]), saved.get("white")
 
 
 # --- score ---
@@ -495,7 +496,7 @@ def confusion_matrix(pred: torch.Tensor, target: torch.Tensor, num_classes: int)
     valid = target != IGNORE
     pred, target = pred[valid].long(), target[valid].long()
     check_classes(target, num_classes, "targets")
-    check_classes(pred, num_classes, "predictions")
+    check_classes(pred.where(pred != IGNORE, -1), num_classes, "predictions")
     return torch.bincount(target * num_classes + pred, minlength=num_classes ** 2).view(2 * [num_classes])
 
 
@@ -517,11 +518,11 @@ def miou(confusion: torch.Tensor) -> dict:
 def predict_photos(args):
     """Masks of native size for a folder of photos, in args.out, with overlays; what is there is kept."""
     out, photos = Path(args.out), images_in(Path(args.predict))
-    masks_of, classes = load_segmenter(args.weights, pick_device(args.device))
+    masks_of, classes, white = load_segmenter(args.weights, pick_device(args.device))
     if not photos:
         raise ValueError(f"--predict {args.predict}: no photos in this folder, or no such folder")
-    write_classes(out, classes)
-    white = white_of(photos.values())
+    begin(out, classes, {"weights": hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()})
+    white = white or white_of(photos.values())
     for (kind, stem), path in tqdm(photos.items(), unit="photo"):
         mask_path = pair_paths(out, stem, kind)[1]
         if not mask_path.exists():
@@ -542,7 +543,8 @@ def train_and_score(args):
     loaded = load_backbone(net, args.backbone_weights) if args.backbone_weights else "none, random"
     count = sum(p.numel() for p in net.parameters()) / 1e6
     print(f"{args.arch}, {count:.1f} M parameters, backbone weights: {loaded}, on {device}", describe(train),
-          describe(test), f"images are {args.size[0]}x{args.size[1]}", sep="\n")
+          describe(test), f"images are {args.size[0]}x{args.size[1]}",
+          *(f"warning: {sentence}" for sentence in losses(train)), sep="\n")
     pairs = train.tensors()
     fit(net.to(device), *pairs, args.steps, args.batch_size, args.lr, args.seed, bf16, progress=True)
     images, target = test.tensors()
@@ -553,7 +555,7 @@ def train_and_score(args):
     print(f"miou {score['miou']:.4f}  miou_with_background {score['miou_with_background']:.4f}")
     write_json(out / "segment.json", {"settings": vars(args), "classes": train.classes, **score})
     saved = {"build": config, "model": net.cpu().state_dict(), "classes": list(train.classes),
-             "size": args.size}
+             "size": args.size, "white": train.white}
     write_atomically(out / "segment.pt", lambda path: torch.save(saved, path))
     rows = [(test.samples[i].kind, [images[i], overlay(images[i], target[i]), overlay(images[i], pred[i])])
             for i in range(0, len(test), math.ceil(len(test) / 12))]

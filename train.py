@@ -30,7 +30,7 @@ from tqdm import tqdm
 from datasets import (AUGMENTATIONS, add_data_flags, augment, defects, describe, has_bf16, losses,
                       open_dataset, overlay, pick_device, run_main, sheet, write_atomically, write_image,
                       write_json)
-from defect_gen import (STAGES, SWITCH_T, Joint, checkpoints, image_statistics, load_stage,
+from defect_gen import (STAGES, SWITCH_T, Joint, check_fit, checkpoints, image_statistics, load_stage,
                         save_stage)
 from diffusion import (TARGETS, WEIGHTINGS, q_sample, rng, sample, schedule, time_weights, timesteps,
                        to_x_start, training_loss)
@@ -233,7 +233,7 @@ def prepare(args, processes):
         raise ValueError(f"--crop {args.crop}: the net halves it {depth} times, use multiples of {2**depth}")
     config = dict(vars(args), size=list(args.size), classes=list(dataset.classes), channels=dataset.channels,
                   images=[sample.name for sample in dataset.samples], T=1000, device=str(device),
-                  statistics=image_statistics(dataset))
+                  statistics=image_statistics(dataset), white=dataset.white)
     config.pop("network")
     if args.soft_masks:                                         # photos larger by FINER, to take shares of
         dataset.size = tuple(FINER * n for n in args.size)
@@ -241,6 +241,10 @@ def prepare(args, processes):
         config["bf16"] = has_bf16(device)
     own = {"large": [SWITCH_T - T_MARGIN, config["T"]], "small": [0, SWITCH_T + T_MARGIN]}
     config["t_range"] = own[args.stage] if args.t_range == "own" else [0, config["T"]]
+    other = folder.with_name("small" if args.stage == "large" else "large")
+    if checkpoints(other):                                      # found out now, not when both are trained
+        configs = {args.stage: config, other.name: load_stage(other, other.name)["config"]}
+        check_fit(args.out, configs["large"], configs["small"])
     return dataset, network, config, device
 
 
@@ -285,7 +289,7 @@ def restore(folder, config, net, ema, optimizer):
         raise ValueError(f"{folder}: --data {config['data']}, split {config['split']}, no longer names the "
                          f"{len(old['images'])} images of the start; use the old data, or another --out")
     changed = [f"{name} was {old.get(name)} and is {value}" for name, value in config.items()
-               if name not in FREE and old.get(name) != value]
+               if name not in FREE and old.get(name, value) != value]
     if changed:
         raise ValueError(f"{folder}: cannot resume with other settings: {'; '.join(changed)}")
     net.load_state_dict(checkpoint["model"])

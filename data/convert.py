@@ -37,7 +37,7 @@ WORDS = {word: meaning for meaning, words in {              # what folders are c
     "mask": "mask masks label labels gt ground_truth groundtruth annotation annotations anno seg "
             "segmentation segmentationclass",
     "photo": "image images img imgs photo photos jpegimages", "good": "good ok normal",
-    "train": "train training", "val": "val valid validation", "test": "test testing",
+    "train": "train training", "val": "val valid validation", "test": "test testing test_public",
 }.items() for word in words.split()}
 PASSED_OVER = {"rgb_mask", "rbg_mask", "segmentationobject", "__macosx", "inference"}    # not labelled
 MASK_END = re.compile("(?i)([ _.-]+({})[0-9]*)+$".format("|".join(w for w in WORDS if WORDS[w] == "mask")))
@@ -91,7 +91,10 @@ def read_classes(root):
     table = read_json(root / "classes.json")
     with naming(root / "classes.json", 'write {"0": "background", "1": "crack", ...}'):
         names = table if isinstance(table, list) else [table[str(number)] for number in range(len(table))]
-        return [name.strip() for name in names[1:]]
+        names = [name.strip() for name in names]
+    if names and NOT_CLASSES.get(names[0].lower()) != 0:
+        raise Wrong(f"{root}/classes.json: its first name is {names[0]}; add background, the value 0")
+    return names[1:]
 
 
 def read_splits(root):
@@ -135,17 +138,19 @@ def read_parts(path, names):
     """A file of labelme, or YOLO's lines 'class x y x y ...': no (H, W), from 0 to 1 of the upright photo."""
     if path.suffix == ".txt":
         lines = [line.split() for line in read_text(path).split("\n") if line.strip()]
-        if any(len(line) == 5 or max(map(float, line[1:])) > 2 for line in lines):
-            raise ValueError("a line is a box alone, or not from 0 to 1")
+        if any(len(line) < 7 or len(line) % 2 == 0 or max(map(float, line[1:])) > 2 for line in lines):
+            raise ValueError("a line is no polygon, 'class x y x y ...' from 0 to 1; a box alone is none")
+        if unknown := {int(line[0]) for line in lines} - names.keys():
+            raise ValueError(f"data.yaml has no name for the classes {sorted(unknown)}")
         return None, [(names[int(number)], [np.array(points, float)]) for number, *points in lines]
     table, parts = read_json(path), []
     for shape in table["shapes"]:
         kind, points = shape.get("shape_type") or "polygon", shape["points"]
-        if kind == "rectangle":
+        if kind == "rectangle" and len(points) == 2:
             (left, top), (right, bottom) = points
             points = [left, top, right, top, right, bottom, left, bottom]
-        elif kind != "polygon":
-            raise ValueError(f"a shape of the type '{kind}' has no area")
+        elif kind not in ("polygon", "rectangle"):
+            raise ValueError(f"a shape of the type '{kind}' is not read")
         parts.append((shape["label"].strip(), [points]))
     return (table["imageHeight"], table["imageWidth"]), parts
 
@@ -274,13 +279,15 @@ def read_legends(root, labels, kinds, ask):
     if ask.colours:
         names, legend = read_colours(ask.colours)
         unknown = [rgb[code] for code in rgb if code not in legend]
-        demand(root, unknown, "colours of masks without a name", f"add lines 'name:r,g,b' to {ask.colours}")
+        demand(root, unknown, "colours of masks without a name",
+               f"add lines 'name:r,g,b' to {ask.colours}; JPEG blurs colours, PNG keeps them")
         return names, dict.fromkeys(kinds, legend)
     grey = {code // GREY for code in codes if code % GREY == 0}
     odd = [rgb[code] for code in rgb if code % GREY or code // GREY > 64 and code != 255 * GREY]
     folders = sorted({*kinds.values()} - {"good"})
     cut = 128 if ask.binary or 255 in grey and grey <= {0, 255} and not odd else 0
-    if grey <= {0, 1} and not odd and len(folders) > 1 and not names and not ask.published:
+    by_folder = len(folders) > 1 and {*folders} <= {*(names or folders)}
+    if grey <= {0, 1} and not odd and by_folder and not ask.published:
         cut = 1                                             # one class, or one for each folder
     if not cut:
         demand(root, sorted(grey) * bool(ask.inverted), "class indices in masks", "leave --inverted away")
@@ -289,11 +296,14 @@ def read_legends(root, labels, kinds, ask):
         return names or None, dict.fromkeys(kinds, {code: code // GREY for code in codes})
     if cut > 1 and not odd and grey & {*range(1, 16)}:
         demand(root, sorted(grey), "values in masks, class indices", "leave --layout binary away")
+    between = sorted(grey - {0, 255}) if cut > 1 else []
+    SAID[f"values of masks beside 0 and 255, cut at 128: {', '.join(map(str, between))}"] = len(between)
     if ask.inverted is None and white > size / 2:
         raise Wrong(f"{root}: {white / size:.0%} of the masks is white; pass --inverted if white is the "
                     "background, --no-inverted if it is the defect")
     sure = cut > 1 and all(label.place.role == "mask" and label.place.kind for label in labels)
-    if len(folders) > 1 and not sure and not {*folders} <= {*names} and not ask.classes:
+    known = cut > 1 and {*folders} <= {*names}
+    if len(folders) > 1 and not sure and not known and not ask.classes:
         demand(root, folders, "folders of black and white masks",
                "pass --classes folder if the folder is the class, --classes one if all are of one class")
     if ask.classes == "one" or len(folders) < 2 and not sure and not ask.classes:
@@ -516,7 +526,9 @@ def place_photo(photo, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     if photo.suffix.lower() not in KEPT:
         with naming(photo, "replace it"), Image.open(photo) as picture:
-            saved = picture if picture.mode in ("1", "L", "LA", "P", "I", "I;16") else picture.convert("RGB")
+            saved = picture if picture.mode in ("1", "L", "LA", "P", "I;16") else picture.convert("RGB")
+            if picture.mode == "I":                         # 16 bits of PGM, which PNG has as I;16
+                saved = Image.fromarray(np.array(picture).astype(np.uint16))
             saved.save(f"{path}.png", exif=picture.getexif())
         return Path(f"{path}.png")
     path = path.with_name(path.name + photo.suffix.lower())
@@ -564,6 +576,9 @@ def write(folder, names, items, legends, captions, to):
             table = tables.setdefault(split, {"images": [], "annotations": []})
             add_to_coco(table, photo.relative_to(folder / "images").as_posix(), mask)
         elif item.kind != "good":
+            if mask.any() and not mask[mask < 255].any():       # such a mask alone would be read as 0/255
+                SAID["masks of nothing but 255, which become background"] += 1
+                mask = np.zeros_like(mask)
             (folder / "mask" / item.kind).mkdir(parents=True, exist_ok=True)
             Image.fromarray(mask).save(folder / "mask" / f"{name}_mask.png")
         for split in item.splits:

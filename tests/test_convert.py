@@ -302,7 +302,7 @@ def test_labelme_shapes(tmp_path):
     same(found, {"defect/a": mask, "good/b": blot(0, 0)})
     shapes[0]["shape_type"] = "linestrip"
     tree(tmp_path / "in", {"train/a.json": json.dumps(table)})
-    with pytest.raises(ValueError, match="a.json: .*a shape of the type 'linestrip' has no area"):
+    with pytest.raises(ValueError, match="a.json: .*a shape of the type 'linestrip' is not read"):
         convert.convert(tmp_path / "in", tmp_path / "new")
 
 
@@ -439,6 +439,33 @@ def test_palettes_void_and_a_photo_on_its_side(tmp_path):
     save(tmp_path / "yolo/images/a.jpg", np.zeros((10, 20)), exif=exif)
     half = np.repeat([[1], [0]], 10, 0) * np.ones((1, 10))
     same(masks_of(tmp_path / "yolo", tmp_path / "out3")[0], {"a": half})
+
+
+def test_kinds_of_the_same_names_as_classes_are_asked_about(tmp_path, wrong):
+    for kind, mask in (("crack", A), ("dirt", 1 * (B > 0))):
+        tree(tmp_path / "in", {f"images/{kind}/{kind}.png": GREY, f"masks/{kind}/{kind}.png": mask})
+    tree(tmp_path / "in", {"classes.json": '["background", "crack", "dirt"]'})
+    wrong("2 folders of black and white masks: crack, dirt; pass --classes folder")     # 0 and 1: of which?
+    same(masks_of(tmp_path / "in", tmp_path / "1", classes="folder")[0],
+         {"crack/crack": A, "dirt/dirt": 2 * (B > 0)})
+    tree(tmp_path / "in", {"classes.json": '["crack", "dirt"]'})
+    wrong("classes.json: its first name is crack; add background, the value 0")
+
+
+def test_what_is_left_out_or_changed_is_said(tmp_path, capsys):
+    void = np.where(blot(3), 255, 0)
+    tree(tmp_path / "in", {"images/a.png": GREY, "images/b.png": GREY, "masks/a.png": A, "masks/b.png": void})
+    same(masks_of(tmp_path / "in", tmp_path / "1")[0], {"a": A, "b": 0 * A})
+    assert "masks of nothing but 255, which become background: 1" in capsys.readouterr().out
+    tree(tmp_path / "grey", {"images/a.png": GREY, "masks/a.png": np.where(blot(3), 20, 255 * A)})
+    same(masks_of(tmp_path / "grey", tmp_path / "2", layout="binary")[0], {"a": np.where(blot(3), 0, A)})
+    assert "values of masks beside 0 and 255, cut at 128: 20: 1" in capsys.readouterr().out
+    tree(tmp_path / "pgm", {"masks/a.png": A})
+    (tmp_path / "pgm/images").mkdir()
+    deep = (200 * np.arange(256)).astype(">u2").reshape(16, 16)
+    (tmp_path / "pgm/images/a.pgm").write_bytes(b"P5\n16 16\n65535\n" + deep.tobytes())
+    convert.convert(tmp_path / "pgm", tmp_path / "3")
+    assert np.array_equal(np.array(Image.open(tmp_path / "3/image/a.png")), deep)
 
 
 def test_tables_of_windows_are_cleaned_and_json_without_photos_is_named(tmp_path, capsys):

@@ -470,11 +470,12 @@ def square(value, top=40, left=50, side=20, size=(96, 128)):
     return mask
 
 
-def enlarged(how):
-    return Image.fromarray(square(5)).resize((32, 24), Image.NEAREST).resize((128, 96), how)
+def enlarged(how, value=5):
+    return Image.fromarray(square(value)).resize((32, 24), Image.NEAREST).resize((128, 96), how)
 
 
 @pytest.mark.parametrize("mask, words", [
+    (enlarged(Image.BILINEAR, 2), "edges pass through the classes in between"),
     (enlarged(Image.BILINEAR), "edges pass through the classes in between"), (enlarged(Image.NEAREST), None),
     (Image.open(io.BytesIO(encoded(Image.fromarray(square(5)), "JPEG"))), "edges pass through"),
     (1 - square(1), "nearly all of the mask is defect; is it inverted?"), (square(5, 0, 0, 84), None),
@@ -509,6 +510,10 @@ def test_photos_of_12_bits_are_read_at_one_depth_for_the_whole_set_which_is_said
     data = open_dataset(tmp_path)
     assert [data[i][0].max().item() for i in (0, 1)] == [round(200 / 4095 * 255), round(4000 / 4095 * 255)]
     assert "warning: photos use 12 of 16 bits: 4095 is taken for white" in datasets.describe(data)
+    save(tmp_path / "image/good/0.png", PHOTO)
+    says("1.png: is 16-bit grey among photos in colour", open_dataset(tmp_path).tensors)
+    save(tmp_path / "floats/image/good/0.tif", Image.fromarray(np.full((8, 8), 0.2, np.float32)))
+    assert open_dataset(tmp_path / "floats")[0][0].unique().tolist() == [51]
 
 
 def test_what_a_size_and_a_split_lose_is_counted_with_the_size_that_keeps_it(tmp_path):
@@ -528,6 +533,7 @@ def test_what_a_size_and_a_split_lose_is_counted_with_the_size_that_keeps_it(tmp
 
 @pytest.mark.parametrize("folders, splits", [
     (("train", "val"), {"train": 3, "val": 3, "test": 3}),
+    (("train", "testing"), {"train": 3, "test": 3}),
     (("Training/crack", "test/good"), {"train": 3, "test": 3}),
     (("train", "crack"), {})])                                  # beside a kind it is a kind
 def test_folders_called_train_val_test_are_splits_unless_split_json_says_otherwise(tmp_path, folders, splits):
@@ -540,6 +546,12 @@ def test_folders_called_train_val_test_are_splits_unless_split_json_says_otherwi
     assert data.kinds == inside and len(open_dataset(tmp_path, split="train")) == (3 if splits else 6)
     write_json(tmp_path / "split.json", {"train": [f"{folders[0]}/0"]})
     assert names(tmp_path, split="train") == [f"{folders[0]}/0"]
+
+
+def test_folders_of_splits_with_images_and_masks_in_each_are_converted(tmp_path):
+    for folder in ("train/images", "train/masks", "Val/images", "Val/masks"):
+        save(tmp_path / f"bolt/{folder}/0.png", np.eye(24, 32))
+    says("holds Val, train: splits of one object. .*convert.py .*bolt --out", open_dataset, tmp_path / "bolt")
 
 
 def test_json_of_windows_and_system_files_are_read_past(tmp_path):

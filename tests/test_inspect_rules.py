@@ -172,7 +172,8 @@ def test_each_kind_of_limit_rejects_from_the_limit_on(judge_by, limit, below, at
     for mask, decision in (below, "accept"), (at, "reject"), (above, "reject"):
         (finding,) = judge(mask)
         assert finding.verdict == decision and finding.limit == value
-        assert finding.margin == value - finding.value and (finding.margin <= 0) == (decision == "reject")
+        assert finding.margin == pytest.approx(value - finding.value)
+        assert (finding.margin <= 0) == (decision == "reject")
     zero = judge_by({key: 0 if key.startswith("max") else per for key, per in limit.items()}, px_per_mm=2)
     assert judge(at)[0].value == value and zero(bar(1, 1))[0].verdict == "reject"
     assert zero(np.zeros((12, 12))) == judge(np.zeros((12, 12))) == []
@@ -441,6 +442,17 @@ def test_csv_json_and_print_hold_every_image(tmp_path, capsys):
     assert "2 accepted, 1 rejected, 0 not judged" in printed
     assert "mask/crack/0_mask: reject\n    reject: crack, area_px 8, limit 0: no cracks\n" in printed
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_masks_are_read_from_all_formats_in_mask_folders_and_margins_are_round(tmp_path, capsys):
+    mask = draw(ABC, {"a": 1}, (20, 20))
+    save(tmp_path / "mask/0.png", mask)
+    Image.fromarray(mask).convert("RGB").save(tmp_path / "mask/1.webp", lossless=True)
+    write_json(tmp_path / "classes.json", {str(i): name for i, name in enumerate(ABC)})
+    standard = standard_json(native_size="mask", rules=[{"classes": ["a"], "max_area_px": 0.7}])
+    flags = "--standard", write_json(tmp_path / "s.json", standard), "--masks", tmp_path
+    assert main(*flags, "--csv", tmp_path / "f.csv") == 1 and "2 rejected" in capsys.readouterr().out
+    assert (tmp_path / "f.csv").read_text().count(",-0.3,") == 2
 
 
 def test_data_of_every_layout_are_judged_as_datasets_reads_them(tmp_path, capsys):

@@ -378,3 +378,13 @@ def test_new_photos_get_masks_of_their_own_size_that_the_rules_read(tmp_path, mo
     monkeypatch.setattr("sys.argv", ["segment.py", *flags[:2], "--weights", str(photos / "a.png")])
     with pytest.raises(ValueError, match="a.png: damaged, or not written by segment.py"):
         segment.main()
+    torch.save({**saved, "white": 4095}, tmp_path / "segment.pt")
+    monkeypatch.setattr("sys.argv", ["segment.py", *flags])
+    with pytest.raises(ValueError, match="masks holds what was made with other .* checkpoints"):
+        segment.main()
+    (photos / "a.png").unlink()                                     # dark photos of 12 bits, none else
+    Image.fromarray(np.full((8, 8), 500, np.uint16)).save(photos / "dark.png")
+    monkeypatch.setattr("sys.argv", ["segment.py", *flags[:-1], str(tmp_path / "deep")])
+    monkeypatch.setattr(segment, "overlay", lambda image, mask: image)
+    segment.main()
+    assert np.unique(Image.open(tmp_path / "deep/overlay/dark.png")).tolist() == [round(500 / 4095 * 255)]

@@ -234,6 +234,14 @@ def test_only_good_products_cannot_be_trained_on_and_say_so_without_a_traceback(
     assert said.splitlines()[-1].startswith("error: ") and "no photo has a defect to learn" in said
 
 
+def test_a_stage_that_will_not_fit_the_other_is_refused_before_it_trains(trained, data, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    shutil.rmtree(run / "small")
+    with pytest.raises(ValueError, match=r"the stages differ in augment \(\[\] and \['flip'\]\)"):
+        go(*command(data, run, "--stage", "small", "--augment", "flip"))
+    assert not (run / "small").exists()
+
+
 def test_a_run_is_not_overwritten_and_goes_on_with_the_same_settings_and_images(trained, data, tmp_path,
                                                                                 capsys):
     run, moved = shutil.copytree(trained, tmp_path / "run"), shutil.copytree(data, tmp_path / "moved")
