@@ -100,8 +100,10 @@ def read_splits(root):
     lists = read_json(root / "split.json") or {p.stem: read_text(p).split() for p in voc if p.stem in WORDS}
     with naming(root / "split.json", 'write {"train": ["<kind>/<stem>", ...]}'):
         for split, names in lists.items():
-            for name in (name.replace("\\", "/") for name in names):    # as Windows has it: crack\000.PNG
-                splits.setdefault(os.path.splitext(name)[0] if is_picture(name) else name, []).append(split)
+            for name in names:
+                stem, end = os.path.splitext(name.replace("\\", "/"))      # as Windows has it: crack\000.PNG
+                stem += end if end.lower() not in IMAGE_SUFFIXES else ""
+                splits.setdefault(stem, []).append(split)
     return splits
 
 
@@ -361,29 +363,20 @@ def locate(name):
 
     kind: the folders that have no other meaning, each after a slash; role: "photo", "mask" or "".
     """
-    split, kind, role = "", "", ""
     *folders, file = name.split("/")
-    for folder in filter(None, folders):
-        meaning = WORDS.get(folder.lower().rstrip("0123456789"), "")        # also train2017
-        if meaning in ("mask", "photo"):
-            role = meaning
-        elif meaning in ("", "good"):
-            kind = "/good" if meaning or kind == "/good" else f"{kind}/{folder}"
-        else:
-            split = meaning
-    return Place(split, kind, role, Path(file).stem)
-
-
-def is_picture(name):
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+    meanings = [WORDS.get(folder.lower().rstrip("0123456789"), "") for folder in folders]   # also train2017
+    split = next((word for word in reversed(meanings) if word in ("train", "val", "test")), "")
+    role = next((word for word in reversed(meanings) if word in ("mask", "photo")), "")
+    kinds = [f"/{folder}" for folder, word in zip(folders, meanings) if folder and not word]
+    return Place(split, "/good" if "good" in meanings else "".join(kinds), role, Path(file).stem)
 
 
 def gather(root, paths=()):
-    """{name: Place} of the photos below a folder, and of the labels, which hold shapes or are called masks.
+    """{name: Place} of the photos, of the pictures called masks and of the files of shapes below a folder.
 
     paths: a layout's own [(pattern, the name it stands for)].
     """
-    photos, labels = {}, {}
+    photos, masks, shapes = {}, {}, {}
     for path in sorted(root.rglob("*")):
         name, end = path.relative_to(root).as_posix(), path.suffix.lower()
         usual = [re.sub(old, new, name) for old, new in paths if re.fullmatch(old, name)]
@@ -392,15 +385,15 @@ def gather(root, paths=()):
             continue
         place = locate(usual[0] if usual else name)
         if end == ".json" and re.search('"(shapes|categories)" *:', read_text(path)):
-            labels[name] = place
+            shapes[name] = place
         elif end == ".json" and place.role == "mask":
             SAID[f"{name}: neither photos nor shapes, passed over"] = 1
         elif end == ".txt" and place.role == "mask" and re.match(r"\d+ |\s*$", read_text(path)):
-            labels[name] = place                            # YOLO's; VOC's lists begin otherwise
+            shapes[name] = place                            # YOLO's; VOC's lists begin otherwise
         elif end in IMAGE_SUFFIXES:
-            mask = place.role == "mask" or not place.role and MASK_END.search(place.stem)
-            (labels if mask else photos)[name] = place
-    return photos, labels
+            is_mask = place.role == "mask" or not place.role and MASK_END.search(place.stem)
+            (masks if is_mask else photos)[name] = place
+    return photos, masks, shapes
 
 
 def match(root, photos, labels):
@@ -454,16 +447,15 @@ def pair(root, photos, labels, unlabelled):
 
 def read(root, paths, ask):
     """Class names, Items and legends of a data set."""
-    photos, places = gather(root, paths)
+    photos, masks, shapes = gather(root, paths)
     if not photos:
         raise Wrong(f"{root}: no photos in this layout; docs/data.md shows what is read")
-    shapes = {name: place for name, place in places.items() if not is_picture(name)}
     if shapes:
         names, labels = read_shapes(root, shapes)
         return names, pair(root, photos, labels, ask.unlabelled), {}
     ask = ask._replace(colours=ask.colours or next(root.glob("labelmap.txt"), None))
     labels = [Label(name, place, partial(read_codes, root / name, bool(ask.colours)))
-              for name, place in places.items()]
+              for name, place in masks.items()]
     items = pair(root, photos, labels, ask.unlabelled)
     kinds = {label.name: label.place.kind.strip("/").replace("/", "_") or item.kind
              for item in items for label in item.labels}
@@ -504,9 +496,9 @@ def find(folder, depth=3):
     for name, (marks, *_) in LAYOUTS.items():
         if marks and all(any(folder.glob(mark)) for mark in marks):
             return [(folder, name)]
-    first = [WORDS.get(name.split("/")[0].lower()) or name.count("/") < 2 for name in gather(folder)[1]]
-    if any(first):                                          # ring/masks/1.png is a label of the folder ring
-        return [(folder, "folders")]
+    _, masks, shapes = gather(folder)
+    if any(WORDS.get(name.split("/")[0].lower()) or name.count("/") < 2 for name in [*masks, *shapes]):
+        return [(folder, "folders")]                        # ring/masks/1.png is a label of the folder ring
     below = sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != "." and depth)
     return [found for child in below for found in find(child, depth - 1)]
 
