@@ -62,9 +62,9 @@ def naming(path, advice):
     """Whatever goes wrong within becomes a Wrong about the file: Pillow alone raises a dozen types."""
     try:
         yield
+    except Wrong:
+        raise
     except Exception as error:
-        if isinstance(error, Wrong):
-            raise
         raise Wrong(f"{path}: cannot be read ({type(error).__name__}: {error}); {advice}") from None
 
 
@@ -107,18 +107,16 @@ def read_splits(root):
     return splits
 
 
-def read_captions(path):
-    """captions.xlsx of DS-MVTec -> {"pill/crack/000": text}.
-
-    Its paths say pill/crack/000.png, or wood/hole/03643_00111_022.png for wood/hole/022.
-    """
+def read_captions(path, product):
+    """captions.xlsx of DS-MVTec -> {"crack/000": text} of one product, as "pill"."""
     space, captions = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}", {}
     with naming(path, "replace it"), zipfile.ZipFile(path) as book:
         strings = ET.fromstring(book.read("xl/sharedStrings.xml")).iter(space + "si")
         strings = ["".join(part.text or "" for part in string.iter(space + "t")) for string in strings]
         for row in ET.fromstring(book.read("xl/worksheets/sheet1.xml")).iter(space + "row"):
             name, *texts = [strings[int(v.text)] for v in row.iter(space + "v")]
-            captions[re.sub(r"/([^/]*_)?(\d+)\.png$", r"/\2", name)] = " ".join(map(str.strip, texts))
+            name = re.sub(r"/([^/]*_)?(\d+)\.png$", r"/\2", name)      # hole/03643_00111_022.png is hole/022
+            captions[name.removeprefix(f"{product}/")] = " ".join(map(str.strip, texts))
     return captions
 
 
@@ -153,13 +151,11 @@ def read_parts(path, names):
 
 
 def read_coco(table):
-    """{class: id} and [(file name, ((H, W), parts))] of a COCO table.
-
-    Roboflow lists the project as a class above the others, which no annotation has: that one is left out.
-    """
+    """{class: id} and [(file name, ((H, W), parts))] of a COCO table."""
     names, parts = {c["id"]: str(c["name"]) for c in table["categories"]}, {}
     for shape in table["annotations"]:
         parts.setdefault(shape["image_id"], []).append((names[shape["category_id"]], shape["segmentation"]))
+    # Roboflow lists the project as a class above the others, which no annotation has: it is left out.
     above = {c.get("supercategory") for c in table["categories"] if c.get("supercategory") != c["name"]}
     above -= {name for shapes in parts.values() for name, _ in shapes}
     return {name: number for number, name in names.items() if name not in above}, [
@@ -176,15 +172,16 @@ def read_shapes(root, places):
     for file, place in places.items():
         with naming(root / file, "export polygons from the labelling tool"):
             table = read_json(root / file) if file.endswith(".json") else {}
-            if "categories" not in table:
-                labels.append(Label(file, place, read_parts(root / file, numbered)))
-                ids = {**dict.fromkeys((name for name, _ in labels[-1].content[1]), 0), **ids}
-                continue
-            more, images = read_coco(table)
-            split = locate("/".join([*re.split("[^a-z]+", place.stem.lower()), ""])).split
-            for name, content in images:
-                where = locate(f"{os.path.dirname(file)}/{name}")
-                labels.append(Label(f"{file}: {name}", where._replace(split=split or where.split), content))
+            if "categories" in table:
+                more, images = read_coco(table)
+                split = locate("/".join([*re.split("[^a-z]+", place.stem.lower()), ""])).split
+                for name, content in images:
+                    at = locate(f"{os.path.dirname(file)}/{name}")
+                    labels.append(Label(f"{file}: {name}", at._replace(split=split or at.split), content))
+            else:
+                content = read_parts(root / file, numbered)
+                labels.append(Label(file, place, content))
+                more = dict.fromkeys((name for name, _ in content[1]), 0)
             ids = {**more, **ids}
     return class_names(sorted(ids, key=lambda name: (ids[name], name))), labels
 
@@ -372,10 +369,7 @@ def locate(name):
 
 
 def gather(root, paths=()):
-    """{name: Place} of the photos, of the pictures called masks and of the files of shapes below a folder.
-
-    paths: a layout's own [(pattern, the name it stands for)].
-    """
+    """{name: Place} of the photos, of the pictures called masks and of the files of shapes below a folder."""
     photos, masks, shapes = {}, {}, {}
     for path in sorted(root.rglob("*")):
         name, end = path.relative_to(root).as_posix(), path.suffix.lower()
@@ -425,9 +419,8 @@ def pair(root, photos, labels, unlabelled):
     """Items of photos {name: Place} and Labels, with names that differ."""
     partner, splits, items = match(root, photos, labels), read_splits(root), []
     bare = [name for name in photos if not partner[name] and photos[name].kind != "/good"]
-    if not unlabelled:
-        demand(root, bare, "photos without a label",
-               "pass --unlabelled good if they have no defect, --unlabelled skip to leave them out")
+    demand(root, [] if unlabelled else bare, "photos without a label",
+           "pass --unlabelled good if they have no defect, --unlabelled skip to leave them out")
     SAID[f"photos without a label, --unlabelled {unlabelled}"] = len(bare)
     kinds = any(place.kind for place in photos.values()) or unlabelled == "good" and bare
     for name, (split, kind, _, stem) in photos.items():
@@ -463,7 +456,8 @@ def read(root, paths, ask):
     return () if ask.published else names, items, legends
 
 
-# marks: patterns that all match in such a folder; paths: see gather(); known: flags that need not be said.
+# marks: patterns that all match in such a folder; paths: [(pattern of a file's name, what it would be called
+# here)], all other files are passed over; known: flags that need not be said.
 Layout = namedtuple("Layout", "marks paths known", defaults=((), (), {}))
 AITEX = dict(zip("002 006 010 016 019 022 023 025 027 029 030 036".split(), (
     "broken_end broken_yarn broken_pick weft_curling fuzzyball cut_selvage crease warp_ball knots "
@@ -565,14 +559,15 @@ def write(folder, names, items, legends, captions, to):
     if "val" in splits:                                     # VISION has no test: val is what is scored
         splits.setdefault("test", splits["val"])
     classes = [f"class_{n}" for n in range(1, top + 1)] if names is None else names
-    contents = {"classes": names != () and dict(enumerate(["background", *classes])), "split": splits,
-                "captions": texts}
     if to:
         numbered = [*enumerate(classes, 1), (255, "ignore")]            # which is read back as 255
         categories = [{"id": number, "name": name} for number, name in numbered]
-        contents = {f"annotations/instances_{split}": {**tables[split], "categories": categories}
-                    for split in tables}
+        contents = {f"annotations/instances_{split}": {**table, "categories": categories}
+                    for split, table in tables.items()}
         (folder / "annotations").mkdir()
+    else:
+        numbered = {} if names == () else dict(enumerate(["background", *classes]))
+        contents = {"classes": numbered, "split": splits, "captions": texts}
     for file, content in contents.items():
         if content:
             text = json.dumps(content, indent=None if to else 1, ensure_ascii=False)
@@ -600,8 +595,8 @@ def convert(source, out, layout=None, **flags):
             print(f"{root.name}: {name}")
             ask = Ask(**{**flags, **LAYOUTS[name].known})
             names, items, legends = read(root, LAYOUTS[name].paths, ask)
-            texts = read_captions(root.parent / "captions.xlsx") if name == "ds-mvtec" else {}
-            captions = {key.removeprefix(f"{root.name}/"): text for key, text in texts.items()}
+            book = root.parent / "captions.xlsx"
+            captions = read_captions(book, root.name) if name == "ds-mvtec" else {}
             folder = whole if len(found) == 1 else whole / root.relative_to(source)
             write(folder, names, items, legends, captions, ask.to)
             print("".join(f"  {what}: {count}\n" for what, count in SAID.items() if count), end="")
