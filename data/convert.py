@@ -62,9 +62,9 @@ def naming(path, advice):
     """Whatever goes wrong within becomes a Wrong about the file: Pillow alone raises a dozen types."""
     try:
         yield
+    except Wrong:
+        raise
     except Exception as error:
-        if isinstance(error, Wrong):
-            raise
         raise Wrong(f"{path}: cannot be read ({type(error).__name__}: {error}); {advice}") from None
 
 
@@ -103,23 +103,23 @@ def read_splits(root):
     lists = read_json(root / "split.json") or {p.stem: read_text(p).split() for p in voc if p.stem in WORDS}
     with naming(root / "split.json", 'write {"train": ["<kind>/<stem>", ...]}'):
         for split, names in lists.items():
-            for name in (name.replace("\\", "/") for name in names):    # as Windows has it: crack\000.PNG
-                splits.setdefault(os.path.splitext(name)[0] if is_picture(name) else name, []).append(split)
+            for name in names:
+                stem, end = os.path.splitext(name.replace("\\", "/"))      # as Windows has it: crack\000.PNG
+                stem += end if end.lower() not in IMAGE_SUFFIXES else ""
+                splits.setdefault(stem, []).append(split)
     return splits
 
 
-def read_captions(path):
-    """captions.xlsx of DS-MVTec -> {"pill/crack/000": text}.
-
-    Its paths say pill/crack/000.png, or wood/hole/03643_00111_022.png for wood/hole/022.
-    """
+def read_captions(path, product):
+    """captions.xlsx of DS-MVTec -> {"crack/000": text} of one product, as "pill"."""
     space, captions = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}", {}
     with naming(path, "replace it"), zipfile.ZipFile(path) as book:
         strings = ET.fromstring(book.read("xl/sharedStrings.xml")).iter(space + "si")
         strings = ["".join(part.text or "" for part in string.iter(space + "t")) for string in strings]
         for row in ET.fromstring(book.read("xl/worksheets/sheet1.xml")).iter(space + "row"):
             name, *texts = [strings[int(v.text)] for v in row.iter(space + "v")]
-            captions[re.sub(r"/([^/]*_)?(\d+)\.png$", r"/\2", name)] = " ".join(map(str.strip, texts))
+            name = re.sub(r"/([^/]*_)?(\d+)\.png$", r"/\2", name)      # hole/03643_00111_022.png is hole/022
+            captions[name.removeprefix(f"{product}/")] = " ".join(map(str.strip, texts))
     return captions
 
 
@@ -156,13 +156,11 @@ def read_parts(path, names):
 
 
 def read_coco(table):
-    """{class: id} and [(file name, ((H, W), parts))] of a COCO table.
-
-    Roboflow lists the project as a class above the others, which no annotation has: that one is left out.
-    """
+    """{class: id} and [(file name, ((H, W), parts))] of a COCO table."""
     names, parts = {c["id"]: str(c["name"]) for c in table["categories"]}, {}
     for shape in table["annotations"]:
         parts.setdefault(shape["image_id"], []).append((names[shape["category_id"]], shape["segmentation"]))
+    # Roboflow lists the project as a class above the others, which no annotation has: it is left out.
     above = {c.get("supercategory") for c in table["categories"] if c.get("supercategory") != c["name"]}
     above -= {name for shapes in parts.values() for name, _ in shapes}
     return {name: number for number, name in names.items() if name not in above}, [
@@ -179,15 +177,16 @@ def read_shapes(root, places):
     for file, place in places.items():
         with naming(root / file, "export polygons from the labelling tool"):
             table = read_json(root / file) if file.endswith(".json") else {}
-            if "categories" not in table:
-                labels.append(Label(file, place, read_parts(root / file, numbered)))
-                ids = {**dict.fromkeys((name for name, _ in labels[-1].content[1]), 0), **ids}
-                continue
-            more, images = read_coco(table)
-            split = locate("/".join([*re.split("[^a-z]+", place.stem.lower()), ""])).split
-            for name, content in images:
-                where = locate(f"{os.path.dirname(file)}/{name}")
-                labels.append(Label(f"{file}: {name}", where._replace(split=split or where.split), content))
+            if "categories" in table:
+                more, images = read_coco(table)
+                split = locate("/".join([*re.split("[^a-z]+", place.stem.lower()), ""])).split
+                for name, content in images:
+                    at = locate(f"{os.path.dirname(file)}/{name}")
+                    labels.append(Label(f"{file}: {name}", at._replace(split=split or at.split), content))
+            else:
+                content = read_parts(root / file, numbered)
+                labels.append(Label(file, place, content))
+                more = dict.fromkeys((name for name, _ in content[1]), 0)
             ids = {**more, **ids}
     return class_names(sorted(ids, key=lambda name: (ids[name], name))), labels
 
@@ -371,29 +370,17 @@ def locate(name):
 
     kind: the folders that have no other meaning, each after a slash; role: "photo", "mask" or "".
     """
-    split, kind, role = "", "", ""
     *folders, file = name.split("/")
-    for folder in filter(None, folders):
-        meaning = WORDS.get(folder.lower().rstrip("0123456789"), "")        # also train2017
-        if meaning in ("mask", "photo"):
-            role = meaning
-        elif meaning in ("", "good"):
-            kind = "/good" if meaning or kind == "/good" else f"{kind}/{folder}"
-        else:
-            split = meaning
-    return Place(split, kind, role, Path(file).stem)
-
-
-def is_picture(name):
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+    meanings = [WORDS.get(folder.lower().rstrip("0123456789"), "") for folder in folders]   # also train2017
+    split = next((word for word in reversed(meanings) if word in ("train", "val", "test")), "")
+    role = next((word for word in reversed(meanings) if word in ("mask", "photo")), "")
+    kinds = [f"/{folder}" for folder, word in zip(folders, meanings) if folder and not word]
+    return Place(split, "/good" if "good" in meanings else "".join(kinds), role, Path(file).stem)
 
 
 def gather(root, paths=()):
-    """{name: Place} of the photos below a folder, and of the labels, which hold shapes or are called masks.
-
-    paths: a layout's own [(pattern, the name it stands for)].
-    """
-    photos, labels = {}, {}
+    """{name: Place} of the photos, of the pictures called masks and of the files of shapes below a folder."""
+    photos, masks, shapes = {}, {}, {}
     for path in sorted(root.rglob("*")):
         name, end = path.relative_to(root).as_posix(), path.suffix.lower()
         usual = [re.sub(old, new, name) for old, new in paths if re.fullmatch(old, name)]
@@ -402,15 +389,15 @@ def gather(root, paths=()):
             continue
         place = locate(usual[0] if usual else name)
         if end == ".json" and re.search('"(shapes|categories)" *:', read_text(path)):
-            labels[name] = place
+            shapes[name] = place
         elif end == ".json" and place.role == "mask":
             SAID[f"{name}: neither photos nor shapes, passed over"] = 1
         elif end == ".txt" and place.role == "mask" and re.match(r"\d+ |\s*$", read_text(path)):
-            labels[name] = place                            # YOLO's; VOC's lists begin otherwise
+            shapes[name] = place                            # YOLO's; VOC's lists begin otherwise
         elif end in IMAGE_SUFFIXES:
-            mask = place.role == "mask" or not place.role and MASK_END.search(place.stem)
-            (labels if mask else photos)[name] = place
-    return photos, labels
+            is_mask = place.role == "mask" or not place.role and MASK_END.search(place.stem)
+            (masks if is_mask else photos)[name] = place
+    return photos, masks, shapes
 
 
 def match(root, photos, labels):
@@ -442,9 +429,8 @@ def pair(root, photos, labels, unlabelled):
     """Items of photos {name: Place} and Labels, with names that differ."""
     partner, splits, items = match(root, photos, labels), read_splits(root), []
     bare = [name for name in photos if not partner[name] and photos[name].kind != "/good"]
-    if not unlabelled:
-        demand(root, bare, "photos without a label",
-               "pass --unlabelled good if they have no defect, --unlabelled skip to leave them out")
+    demand(root, [] if unlabelled else bare, "photos without a label",
+           "pass --unlabelled good if they have no defect, --unlabelled skip to leave them out")
     SAID[f"photos without a label, --unlabelled {unlabelled}"] = len(bare)
     kinds = any(place.kind for place in photos.values()) or unlabelled == "good" and bare
     for name, (split, kind, _, stem) in photos.items():
@@ -464,16 +450,15 @@ def pair(root, photos, labels, unlabelled):
 
 def read(root, paths, ask):
     """Class names, Items and legends of a data set."""
-    photos, places = gather(root, paths)
+    photos, masks, shapes = gather(root, paths)
     if not photos:
         raise Wrong(f"{root}: no photos in this layout; docs/data.md shows what is read")
-    shapes = {name: place for name, place in places.items() if not is_picture(name)}
     if shapes:
         names, labels = read_shapes(root, shapes)
         return names, pair(root, photos, labels, ask.unlabelled), {}
     ask = ask._replace(colours=ask.colours or next(root.glob("labelmap.txt"), None))
     labels = [Label(name, place, partial(read_codes, root / name, bool(ask.colours)))
-              for name, place in places.items()]
+              for name, place in masks.items()]
     items = pair(root, photos, labels, ask.unlabelled)
     kinds = {label.name: label.place.kind.strip("/").replace("/", "_") or item.kind
              for item in items for label in item.labels}
@@ -481,7 +466,8 @@ def read(root, paths, ask):
     return () if ask.published else names, items, legends
 
 
-# marks: patterns that all match in such a folder; paths: see gather(); known: flags that need not be said.
+# marks: patterns that all match in such a folder; paths: [(pattern of a file's name, what it would be called
+# here)], all other files are passed over; known: flags that need not be said.
 Layout = namedtuple("Layout", "marks paths known", defaults=((), (), {}))
 AITEX = dict(zip("002 006 010 016 019 022 023 025 027 029 030 036".split(), (
     "broken_end broken_yarn broken_pick weft_curling fuzzyball cut_selvage crease warp_ball knots "
@@ -514,9 +500,9 @@ def find(folder, depth=3):
     for name, (marks, *_) in LAYOUTS.items():
         if marks and all(any(folder.glob(mark)) for mark in marks):
             return [(folder, name)]
-    first = [WORDS.get(name.split("/")[0].lower()) or name.count("/") < 2 for name in gather(folder)[1]]
-    if any(first):                                          # ring/masks/1.png is a label of the folder ring
-        return [(folder, "folders")]
+    _, masks, shapes = gather(folder)
+    if any(WORDS.get(name.split("/")[0].lower()) or name.count("/") < 2 for name in [*masks, *shapes]):
+        return [(folder, "folders")]                        # ring/masks/1.png is a label of the folder ring
     below = sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != "." and depth)
     return [found for child in below for found in find(child, depth - 1)]
 
@@ -588,14 +574,15 @@ def write(folder, names, items, legends, captions, to):
     if "val" in splits:                                     # VISION has no test: val is what is scored
         splits.setdefault("test", splits["val"])
     classes = [f"class_{n}" for n in range(1, top + 1)] if names is None else names
-    contents = {"classes": names != () and dict(enumerate(["background", *classes])), "split": splits,
-                "captions": texts}
     if to:
         numbered = [*enumerate(classes, 1), (255, "ignore")]            # which is read back as 255
         categories = [{"id": number, "name": name} for number, name in numbered]
-        contents = {f"annotations/instances_{split}": {**tables[split], "categories": categories}
-                    for split in tables}
+        contents = {f"annotations/instances_{split}": {**table, "categories": categories}
+                    for split, table in tables.items()}
         (folder / "annotations").mkdir()
+    else:
+        numbered = {} if names == () else dict(enumerate(["background", *classes]))
+        contents = {"classes": numbered, "split": splits, "captions": texts}
     for file, content in contents.items():
         if content:
             text = json.dumps(content, indent=None if to else 1, ensure_ascii=False)
@@ -623,8 +610,8 @@ def convert(source, out, layout=None, **flags):
             print(f"{root.name}: {name}")
             ask = Ask(**{**flags, **LAYOUTS[name].known})
             names, items, legends = read(root, LAYOUTS[name].paths, ask)
-            texts = read_captions(root.parent / "captions.xlsx") if name == "ds-mvtec" else {}
-            captions = {key.removeprefix(f"{root.name}/"): text for key, text in texts.items()}
+            book = root.parent / "captions.xlsx"
+            captions = read_captions(book, root.name) if name == "ds-mvtec" else {}
             folder = whole if len(found) == 1 else whole / root.relative_to(source)
             write(folder, names, items, legends, captions, ask.to)
             print("".join(f"  {what}: {count}\n" for what, count in SAID.items() if count), end="")
