@@ -276,6 +276,7 @@ def read_legends(root, labels, kinds, ask):
         white, size = white + (found >= 128 * GREY).sum(), size + found.size
     rgb = {code: (code >> 16, code >> 8 & 255, code & 255) for code in sorted(codes)}
     if ask.colours:
+        demand(root, sorted(rgb) * bool(ask.inverted), "colours in masks", "leave --inverted away")
         names, legend = read_colours(ask.colours)
         unknown = [rgb[code] for code in rgb if code not in legend]
         demand(root, unknown, "colours of masks without a name",
@@ -440,6 +441,8 @@ def pair(root, photos, labels, unlabelled):
         kind = "good" if name in bare else kind or kinds and "defect" or ""     # all have kinds, or none has
         if name not in bare or unlabelled == "good":
             items.append(Item(root / name, own, kind, stem, partner[name]))
+    if not items:
+        raise Wrong(f"{root}: no photo has a label; --unlabelled {unlabelled} leaves none")
     demand(root, sorted(splits), "names in split.json without a photo", "write them as <kind>/<stem>")
     if len({(item.kind, item.stem) for item in items}) < len(items):
         items = [item._replace(stem="_".join([*item.splits[:1], item.stem])) for item in items]
@@ -454,6 +457,7 @@ def read(root, paths, ask):
     if not photos:
         raise Wrong(f"{root}: no photos in this layout; docs/data.md shows what is read")
     if shapes:
+        demand(root, list(masks), "mask pictures beside files of shapes", "move away what is not to count")
         names, labels = read_shapes(root, shapes)
         return names, pair(root, photos, labels, ask.unlabelled), {}
     ask = ask._replace(colours=ask.colours or next(root.glob("labelmap.txt"), None))

@@ -392,6 +392,9 @@ def test_what_cannot_be_known_is_asked_for(tmp_path, wrong):
     wrong("1 photos without a label: images/b.png; .*--unlabelled good .*--unlabelled skip")
     same(masks_of(tmp_path / "in", tmp_path / "4", unlabelled="good")[0], {"defect/a": A, "good/b": 0 * A})
     same(masks_of(tmp_path / "in", tmp_path / "5", unlabelled="skip")[0], {"a": A})
+    (tmp_path / "in/masks/a.png").rename(tmp_path / "in/masks/b.png")
+    tree(tmp_path / "in", {"images/a.json": '{"shapes": [], "imageHeight": 16, "imageWidth": 16}'})
+    wrong("1 mask pictures beside files of shapes: masks/b.png; move away")
 
 
 def test_masks_of_another_size(tmp_path, wrong, capsys):
