@@ -117,31 +117,28 @@ def sight(net):
     return receptive_field(net) / 2 if net.config["norm"] == "local" else math.inf
 
 
+def in_sight(net, first, last):
+    """All rows, or columns, that a net sees which draws first .. last - 1: a slice, which may end outside."""
+    step, margin = 2 ** net.depth, math.ceil(min(sight(net), 1 << 30))
+    return slice(max(0, first - margin) // step * step, math.ceil((last + margin) / step) * step)
+
+
 def surroundings(drawn, net):
     """[rows, columns] that hold all that a net sees which draws where `drawn` (H, W) is true."""
-    step, margin, box = 2 ** net.depth, math.ceil(min(sight(net), max(drawn.shape))), []
-    for at in drawn.nonzero().T:
-        first, last = max(0, at.min().item() - margin), at.max().item() + 1 + margin
-        box.append(slice(first // step * step, math.ceil(last / step) * step))      # may end outside
-    return box
+    return [in_sight(net, at.min().item(), at.max().item() + 1) for at in drawn.nonzero().T]
 
 
 def in_tiles(net, x_t, t):
-    """net(x_t, t), in pieces of TILE px where the net sees less than that: the same answer in flat memory.
-
-    Each piece is computed with a margin that holds all that its pixels see.
-    """
+    """net(x_t, t), in pieces of TILE px where the net sees less than that: the same answer in flat memory."""
     height, width = x_t.shape[2:]
     if sight(net) > TILE / 2 or max(height, width) <= TILE:
         return net(x_t, t)
-    step = 2 ** net.depth
-    margin = math.ceil(sight(net) / step) * step                    # pieces begin where all levels begin
     answer = torch.empty_like(x_t)
     for top in range(0, height, TILE):
         for left in range(0, width, TILE):
-            y, x = max(0, top - margin), max(0, left - margin)
-            piece = net(x_t[..., y:top + TILE + margin, x:left + TILE + margin], t)
-            piece = piece[..., top - y:top - y + TILE, left - x:left - x + TILE]
+            rows, columns = in_sight(net, top, top + TILE), in_sight(net, left, left + TILE)
+            y, x = top - rows.start, left - columns.start
+            piece = net(x_t[..., rows, columns], t)[..., y:y + TILE, x:x + TILE]
             answer[..., top:top + TILE, left:left + TILE] = piece
     return answer
 

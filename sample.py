@@ -389,9 +389,9 @@ def paint_pairs(args):
     said = f"; tries that failed: {dict(failed)}" if failed else ""
     if not records:
         raise ValueError(f"no defect painted in {TRIES} tries for each of {len(seeds)}{said}")
-    first = sorted(records)[:32]
+    first = sorted(records)[:32] if painter.photos else []
     photos = [painter.read(int(name), records[name]["tries"] - 1, generator.size)[1] for name in first]
-    write_sheet(out, open_dataset(out, generator.size), photos if painter.photos else ())
+    write_sheet(out, open_dataset(out, generator.size), photos)
     print(f"{len(records)} of {len(seeds)} pairs painted in {out}, {out / 'sheet.png'}{said}")
 
 
