@@ -117,32 +117,28 @@ def sight(net):
     return receptive_field(net) / 2 if net.config["norm"] == "local" else math.inf
 
 
+def in_sight(net, first, last):
+    """All rows, or columns, that a net sees which draws first .. last - 1: a slice, which may end outside."""
+    step, margin = 2 ** net.depth, math.ceil(min(sight(net), 1 << 30))
+    return slice(max(0, first - margin) // step * step, math.ceil((last + margin) / step) * step)
+
+
 def surroundings(drawn, net):
     """[rows, columns] that hold all that a net sees which draws where `drawn` (H, W) is true."""
-    step, margin, box = 2 ** net.depth, math.ceil(min(sight(net), max(drawn.shape))), []
-    for along in (drawn.any(1), drawn.any(0)):
-        at = along.nonzero()
-        first, last = max(0, at.min().item() - margin), min(len(along), at.max().item() + 1 + margin)
-        box.append(slice(first // step * step, math.ceil(last / step) * step))
-    return box
+    return [in_sight(net, at.min().item(), at.max().item() + 1) for at in drawn.nonzero().T]
 
 
 def in_tiles(net, x_t, t):
-    """net(x_t, t), in pieces of TILE px where the net sees less than that: the same answer in flat memory.
-
-    Each piece is computed with a margin that holds all that its pixels see.
-    """
+    """net(x_t, t), in pieces of TILE px where the net sees less than that: the same answer in flat memory."""
     height, width = x_t.shape[2:]
     if sight(net) > TILE / 2 or max(height, width) <= TILE:
         return net(x_t, t)
-    step = 2 ** net.depth
-    margin = math.ceil(sight(net) / step) * step                    # pieces begin where all levels begin
     answer = torch.empty_like(x_t)
     for top in range(0, height, TILE):
         for left in range(0, width, TILE):
-            y, x = max(0, top - margin), max(0, left - margin)
-            piece = net(x_t[..., y:top + TILE + margin, x:left + TILE + margin], t)
-            piece = piece[..., top - y:top - y + TILE, left - x:left - x + TILE]
+            rows, columns = in_sight(net, top, top + TILE), in_sight(net, left, left + TILE)
+            y, x = top - rows.start, left - columns.start
+            piece = net(x_t[..., rows, columns], t)[..., y:y + TILE, x:x + TILE]
             answer[..., top:top + TILE, left:left + TILE] = piece
     return answer
 
@@ -254,16 +250,13 @@ class DefectGen:
     def timesteps(self, num_steps, spacing, switch_t):
         """The timesteps to sample along. Raises ValueError where a stage would be asked at an unknown t."""
         steps = timesteps(len(self.alphas_cumprod), num_steps, spacing)
-        asked = {"large": [t for t in steps if t >= switch_t], "small": [t for t in steps if t < switch_t]}
-        if self.plan_size != self.size:
-            asked["large"] = steps                                  # a plan is drawn to its end
-        for stage, (low, high) in self.t_ranges.items():
-            unknown = [t for t in asked[stage] if not low <= t < high]
-            if unknown:
-                least, most = self.t_ranges["large"][0], self.t_ranges["small"][1]
-                raise ValueError(f"--switch-t {switch_t} asks the {stage} stage at t = {unknown[0]}, but it "
-                                 f"knows {low} <= t < {high}: use {least} to {most}, or train with "
-                                 f"--t-range full")
+        least, most = self.t_ranges["large"][0], self.t_ranges["small"][1]
+        for t in steps:
+            stage = "large" if t >= switch_t else "small"
+            low, high = self.t_ranges[stage]
+            if not low <= t < high:
+                raise ValueError(f"--switch-t {switch_t} asks the {stage} stage at t = {t}, but it knows "
+                                 f"{low} <= t < {high}: use {least} to {most}, or train with --t-range full")
         return steps
 
     def paint(self, images, masks, regions, seeds, mask_given=True, num_steps=20, repeats=5):
@@ -302,14 +295,11 @@ class DefectGen:
         """
         size = tuple(size or self.size)
         steps = self.timesteps(num_steps, spacing, switch_t)
-        images, masks = [], []
-        for start in range(0, len(seeds), batch_size):
-            batch = seeds[start:start + batch_size]
-            joint = self.draw(batch, steps, sampler, switch_t, size, on_step=on_step)
-            image, mask = self.joint.decode(joint)
-            images.append(image.cpu())
-            masks.append(mask.cpu())
-        return torch.cat(images), torch.cat(masks)
+        batches = [seeds[start:start + batch_size] for start in range(0, len(seeds), batch_size)]
+        drawn = [self.joint.decode(self.draw(batch, steps, sampler, switch_t, size, on_step=on_step))
+                 for batch in batches]
+        images, masks = (torch.cat(part).cpu() for part in zip(*drawn))
+        return images, masks
 
     def draw(self, seeds, steps, sampler, switch_t, size, known=None, repeats=1, on_step=None):
         """One batch of joints (B, C + K, *size): see sample(). known: (x_start, where), see with_known()."""
@@ -359,14 +349,13 @@ def exact_denoiser(x_start, alphas_cumprod):
 
 def main():
     parser = argparse.ArgumentParser(description="Draw one trajectory: x_t, and the pair predicted from it.")
-    parser.add_argument("--run", help="a run with both stages (default: in place of both an exact denoiser, "
-                        "which copies 30 drawn pills)")
-    parser.add_argument("--seed", type=int, default=0, help="the picture's seed (default: %(default)s)")
-    parser.add_argument("--num-steps", type=int, default=12, help="network calls (default: %(default)s)")
-    parser.add_argument("--switch-t", type=int, default=SWITCH_T, help="the large network owns t >= this "
-                        "(default: %(default)s)")
-    parser.add_argument("--out", default="trajectory.png", help="the picture to write (default: %(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
+    add = parser.add_argument
+    add("--run", help="a run with both stages (default: an exact denoiser, which copies 30 drawn pills)")
+    add("--seed", type=int, default=0, help="the picture's seed (default: %(default)s)")
+    add("--num-steps", type=int, default=12, help="network calls (default: %(default)s)")
+    add("--switch-t", type=int, default=SWITCH_T, help="large owns t >= this (default: %(default)s)")
+    add("--out", default="runs/trajectory.png", help="the picture to write (default: %(default)s)")
+    add("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
     args = parser.parse_args()
     device = pick_device(args.device)
     if args.run:
@@ -380,26 +369,19 @@ def main():
         joint = Joint(image_statistics(data), len(classes), device)
         x_start = joint.encode(*(part.to(device) for part in data.tensors()))
         exact = exact_denoiser(x_start, alphas_cumprod)
-        steps = timesteps(len(alphas_cumprod), args.num_steps)
-        x_T = noise_for([args.seed], x_start.shape[1:], device)()
-        draw = partial(sample, switched(exact, exact, args.switch_t), x_T, steps, alphas_cumprod,
-                       limits=joint.limits)
+        steps, x_T = timesteps(1000, args.num_steps), noise_for([args.seed], x_start.shape[1:], device)()
+        draw = partial(sample, exact, x_T, steps, alphas_cumprod, limits=joint.limits)
 
-    titles, noisy, predicted, masks = [], [], [], []
-
-    def watch(t, x_t, pred_x_start):
-        planned = tuple(x_t.shape[2:]) != size                      # a plan is drawn to its end, at its size
-        titles.append(f"{'large' if planned or t >= args.switch_t else 'small'} t={t}")
-        x_t, pred_x_start = (F.interpolate(part, size) for part in (x_t, pred_x_start))
-        image, mask = (part[0].cpu() for part in joint.decode(pred_x_start))
-        noisy.append(joint.decode(x_t)[0][0].cpu())
-        predicted.append(image)
-        masks.append(overlay(image, mask))
-
-    draw(on_step=watch)
-    write_image(args.out, sheet([("x_t", noisy), ("image", predicted), ("mask", masks)], titles, classes))
-    by_large = sum(title.startswith("large") for title in titles)
-    print(f"{len(titles)} steps, {by_large} of them by the large network; picture: {args.out}")
+    seen = []                                                       # (t, x_t, pred_x_start) of each step
+    draw(on_step=lambda *step: seen.append(step))
+    by_large = [x_t.shape[2:] != size or t >= args.switch_t for t, x_t, _ in seen]  # a plan has its own size
+    titles = [f"{'large' if large else 'small'} t={t}" for large, (t, _, _) in zip(by_large, seen)]
+    noisy, predicted = (torch.cat([F.interpolate(step[k], size) for step in seen]) for k in (1, 2))
+    images, masks = (part.cpu() for part in joint.decode(predicted))
+    overlays = list(map(overlay, images, masks))
+    rows = [("x_t", joint.decode(noisy)[0].cpu()), ("image", images), ("mask", overlays)]
+    write_image(args.out, sheet(rows, titles, classes))
+    print(f"{len(seen)} steps, {sum(by_large)} of them by the large network; picture: {args.out}")
 
 
 if __name__ == "__main__":

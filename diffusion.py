@@ -89,12 +89,8 @@ def to_x_start(output, x_t, t, alphas_cumprod, target):
 
         x0: output         v: sqrt(alphas_cumprod[t]) * x_t - sqrt(1 - alphas_cumprod[t]) * output
 
-    Neither divides by sqrt(alphas_cumprod[t]), which is 5e-5 at t = T-1.
-
-    Args:
-        output, x_t: (B, C, H, W) float.
-        t:           (B,) int64, or one int for all.
-    Returns: (B, C, H, W), at least float32.
+    Neither divides by sqrt(alphas_cumprod[t]), which is 5e-5 at t = T-1. Arguments as in q_sample. Returns:
+    (B, C, H, W), at least float32.
     """
     check_choice("target", target, TARGETS)
     if target == "x0":
@@ -176,11 +172,8 @@ def ddim_step(x_t, pred_x_start, t, t_prev, alphas_cumprod, eta=0.0, noise=None)
     7: t_prev = t-1). Nothing is divided by sqrt(a), so t = T-1 is safe.
 
     Args:
-        x_t, pred_x_start: (B, C, H, W) float.
+        x_t, pred_x_start, noise: (B, C, H, W); noise is needed if eta > 0 and t_prev >= 0.
         t, t_prev: ints; t_prev = -1 means the clean image, for which the answer is pred_x_start.
-        eta:   in [0, 1].
-        noise: (B, C, H, W) ~ N(0, I), needed if eta > 0 and t_prev >= 0.
-    Returns: (B, C, H, W).
     """
     a = alphas_cumprod[t].item()
     a_prev = alphas_cumprod[t_prev].item() if t_prev >= 0 else 1.0
@@ -217,7 +210,6 @@ def sample(denoise, x_T, timesteps, alphas_cumprod, method="dpm++", noise=None, 
     """
     check_choice("sampler", method, METHODS)
     lambdas = (logsnr(alphas_cumprod) / 2).tolist()
-
     x, last = x_T, None                                         # last: (t, predicted x_0) of the step before
     for t, t_prev in zip(timesteps, timesteps[1:] + [-1]):
         for repeat in range(repeats if t_prev >= 0 else 1):
@@ -233,10 +225,8 @@ def sample(denoise, x_T, timesteps, alphas_cumprod, method="dpm++", noise=None, 
             if method == "dpm++" and last is not None and t_prev >= 0:
                 r = (lambdas[t] - lambdas[last[0]]) / (lambdas[t_prev] - lambdas[t])
                 direction = pred_x_start + (pred_x_start - last[1]) / (2 * r)
-            if method == "ddpm" and t_prev >= 0:
-                x = ddim_step(x, direction, t, t_prev, alphas_cumprod, eta=1.0, noise=noise())
-            else:
-                x = ddim_step(x, direction, t, t_prev, alphas_cumprod)
+            eta = 1.0 if method == "ddpm" else 0.0
+            x = ddim_step(x, direction, t, t_prev, alphas_cumprod, eta, noise() if eta else None)
         last = t, pred_x_start
         if noise_scale != 1 and t_prev >= 0:
             clean = alphas_cumprod[t_prev].item() ** 0.5 * direction

@@ -58,42 +58,39 @@ def parse_seeds(text):
 def parse_args(argv=None):
     """The flags, checked; --seeds as a list."""
     parser = argparse.ArgumentParser(description="Draw image + mask pairs from a trained run.")
-    parser.add_argument("--run", default="runs/demo", help="folder with both stages (default: %(default)s)")
-    parser.add_argument("--count", type=int, default=64, help="how many pairs (default: %(default)s)")
-    parser.add_argument("--seeds", help="draw these seeds, like 0-63 or 1,5,10-20 (default: 0, 1, 2, ...)")
-    parser.add_argument("--num-steps", type=int, default=NUM_STEPS, help="timesteps from noise to picture: "
-                        "with few, rare defects come too rarely; with two sizes the small network visits its "
-                        "own again (default: %(default)s)")
-    parser.add_argument("--sampler", default="dpm++", choices=METHODS, help="default: %(default)s")
-    parser.add_argument("--spacing", default="logsnr", choices=SPACINGS, help="default: %(default)s")
-    parser.add_argument("--switch-t", type=int, default=SWITCH_T, help="the large network owns t >= this; 0: "
-                        "large alone, 1000: small alone, for --t-range full (default: %(default)s)")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="also larger than the photos "
-                        "trained on: the picture then shows more of the product (default: theirs)")
-    parser.add_argument("--batch-size", type=int, help="pairs at a time (default: 16 of 256x256 px, fewer of "
-                        "larger ones)")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
-    parser.add_argument("--out", help="data set to write (default: RUN/samples)")
-    parser.add_argument("--defect", metavar="CLASS", help="keep only pairs whose mask has this class")
-    parser.add_argument("--min-area-px", type=int, default=0, help="keep only pairs with so many pixels of "
-                        "--defect, or of all defects")
-    parser.add_argument("--max-area-px", type=int, help="keep only pairs with at most so many")
-    painting = parser.add_argument_group("painting into photos, one defect each; with --defect, of one class")
-    painting.add_argument("--photos", metavar="FOLDER", help="good photos, or a data set: then its photos "
-                          "without a defect, or all, whose defects stay labelled")
-    painting.add_argument("--split", help="of --photos (default: all)")
-    painting.add_argument("--masks", metavar="FOLDER", help="training: defects of masks trained on, moved; "
-                          "generated: of the large stage; or index masks to take as they are. Without "
-                          "--photos whole pictures are drawn for them (default: training)")
-    painting.add_argument("--where", metavar="PNG", help="defects lie where this picture is white (default: "
-                          "close to where those trained on lie)")
-    painting.add_argument("--judge", metavar="FILE", help="segment.pt of segment.py: scores how far it sees "
-                          "the wanted mask")
-    painting.add_argument("--min-fit", type=float, default=0.0, metavar="IOU", help="paint again what "
-                          "--judge scores lower, 0 to 1 (default: %(default)s)")
+    add = parser.add_argument
+    add("--run", default="runs/demo", help="folder with both stages (default: %(default)s)")
+    add("--count", type=int, default=64, help="how many pairs (default: %(default)s)")
+    add("--seeds", help="draw these seeds, like 0-63 or 1,5,10-20 (default: 0, 1, 2, ...)")
+    add("--num-steps", type=int, default=NUM_STEPS, help="timesteps from noise to picture; with few, rare "
+        "defects come too rarely (default: %(default)s)")
+    add("--sampler", default="dpm++", choices=METHODS, help="default: %(default)s")
+    add("--spacing", default="logsnr", choices=SPACINGS, help="default: %(default)s")
+    add("--switch-t", type=int, default=SWITCH_T, help="the large network owns t >= this; 0: large alone, "
+        "1000: small alone, for --t-range full (default: %(default)s)")
+    add("--size", type=int, nargs=2, metavar=("H", "W"), help="larger shows more around (default: the run's)")
+    add("--batch-size", type=int, help="pairs at a time (default: 16 of 256x256 px, fewer of larger ones)")
+    add("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
+    add("--out", help="data set to write (default: RUN/samples, or RUN/painted)")
+    add("--defect", metavar="CLASS", help="keep only pairs whose mask has this class")
+    add("--min-area-px", type=int, default=0, help="keep only pairs with so many px of --defect, or of all")
+    add("--max-area-px", type=int, help="keep only pairs with at most so many")
+    add = parser.add_argument_group("painting one defect into each photo; of --defect if given").add_argument
+    add("--photos", metavar="FOLDER", help="good photos, or a data set: then its photos without a defect, or "
+        "all, whose defects stay labelled")
+    add("--split", help="of --photos (default: all)")
+    add("--masks", metavar="FOLDER", help="training: defects trained on, moved (default); generated: by the "
+        "large stage; or index masks; without --photos whole pictures are drawn for them")
+    add("--where", metavar="PNG", help="defects lie where it is white (default: near those trained on)")
+    add("--judge", metavar="FILE", help="segment.pt of segment.py: scores how far it sees the wanted mask")
+    add("--min-fit", type=float, default=0.0, metavar="IOU", help="paint again what --judge scores lower")
     args = parser.parse_args(argv)
     args.paint = bool(args.photos or args.masks)
     args.masks = args.masks or "training"
+    if not args.paint and (args.where or args.judge or args.min_fit or args.split):
+        raise ValueError("--where, --judge, --min-fit and --split are for painting: add --photos or --masks")
+    if args.paint and (args.size or args.min_area_px or args.max_area_px is not None):
+        raise ValueError("--size, --min-area-px and --max-area-px are not for painting: leave them away")
     if args.count < 1 or args.batch_size is not None and args.batch_size < 1:
         raise ValueError("--count and --batch-size must be at least 1")
     args.seeds = parse_seeds(args.seeds) if args.seeds else None
@@ -120,11 +117,9 @@ def open_run(args):
 def write_sheet(out, pairs, photos=()):
     """Write OUT/sheet.png: the first 32 pairs of an opened data set, below the photos painted into."""
     images, masks = pairs.subset(range(min(32, len(pairs)))).tensors()
-    rows = []
-    for first in range(0, len(images), 8):
-        eight = slice(first, first + 8)
-        rows += [("photo", list(photos[eight]))] if photos else []
-        rows += [("image", list(images[eight])), ("mask", list(map(overlay, images[eight], masks[eight])))]
+    shown = {"photo": photos, "image": images, "mask": list(map(overlay, images, masks))}
+    rows = [(caption, pictures[first:first + 8]) for first in range(0, len(images), 8)
+            for caption, pictures in shown.items() if len(pictures)]
     write_image(out / "sheet.png", sheet(rows, classes=pairs.classes))
 
 
@@ -180,13 +175,8 @@ def draw_pairs(args):
 # --- painting: a defect where it is wanted ---
 
 def open_photos(args, generator):
-    """The photos to paint into: a folder's; or a data set's without a defect, or all if each has one.
-
-    None without --photos.
-    """
+    """The photos to paint into: a folder's; or a data set's without a defect, or all if each has one."""
     spec, channels = args.photos, generator.config["channels"]
-    if spec is None:
-        return None
     if spec.startswith("drawn:") or find_objects(Path(spec)):
         photos = open_dataset(spec, split=args.split)
         if photos.classes != generator.classes:
@@ -320,14 +310,15 @@ class Painter:
 
     def __init__(self, args, generator):
         self.generator, self.min_fit, self.side = generator, args.min_fit, min(generator.size) // 4
-        self.photos, self.wishes = open_photos(args, generator), Wishes(args, generator)
+        self.photos = open_photos(args, generator) if args.photos else None
+        self.wishes = Wishes(args, generator)
         self.judge, classes, _ = load_segmenter(args.judge, generator.device) if args.judge else [None] * 3
         if classes not in (None, generator.classes):
             raise ValueError(f"--judge {args.judge} knows {', '.join(classes)}, but {args.run} draws "
                              f"{', '.join(generator.classes)}")
         self.known = defect_crops(*self.wishes.train, self.side)    # novelty is in units of their distances
         among = distances(self.known, self.known, halved).fill_diagonal_(math.inf)
-        self.unit = among.amin(1).median()
+        self.unit = among.amin(1).median().nan_to_num(posinf=math.nan)      # nan: there is but one
 
     def read(self, seed, n, size=None):
         """(name, photo, its mask) for try n of a seed; without --photos a black one of the run's size."""
@@ -395,10 +386,11 @@ def paint_pairs(args):
     said = f"; tries that failed: {dict(failed)}" if failed else ""
     if not records:
         raise ValueError(f"no defect painted in {TRIES} tries for each of {len(seeds)}{said}")
-    first = sorted(records)[:32]
+    first = sorted(records)[:32] if painter.photos else []
     photos = [painter.read(int(name), records[name]["tries"] - 1, generator.size)[1] for name in first]
-    write_sheet(out, open_dataset(out, generator.size), photos if painter.photos else ())
-    print(f"{len(records)} of {len(seeds)} pairs painted in {out}, {out / 'sheet.png'}{said}")
+    write_sheet(out, open_dataset(out, generator.size), photos)
+    done = sum(f"{seed:06d}" in records for seed in seeds)
+    print(f"{done} of {len(seeds)} pairs painted in {out}, {out / 'sheet.png'}{said}")
 
 
 def main():

@@ -12,12 +12,11 @@ Everything random is a function of (seed, step), so a resumed run continues bit 
 CPU). How many processes or micro-batches share a step's batch changes nothing but the rounding.
 """
 import argparse
-import csv
 import math
 import os
 import signal
 import time
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from copy import deepcopy
 from pathlib import Path
 
@@ -25,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from datasets import (AUGMENTATIONS, add_data_flags, augment, defects, describe, has_bf16, losses,
@@ -36,12 +36,11 @@ from diffusion import (TARGETS, WEIGHTINGS, q_sample, rng, sample, schedule, tim
                        to_x_start, training_loss)
 from unet import LARGE, SMALL, UNet, check_size, count_parameters, field_in_words, receptive_field
 
-TINY = dict(size=(64, 64), crop=None, steps=1800, batch_size=4, lr=1e-3, weight_decay=0.0, ema=0.998,
+TINY = dict(size=(64, 64), steps=1800, batch_size=4, lr=1e-3, weight_decay=0.0, ema=0.998,
             warmup=50, save_every=500, target="v", weighting="min-snr", soft_masks=False, t_range="own")
 LAPTOP = dict(TINY, steps=4000, ema=0.999, save_every=2000)
-PAPER = dict(size=(256, 256), crop=None, steps=160_000, batch_size=2, lr=1e-4, weight_decay=0.002, ema=0.9999,
-             warmup=0, save_every=10_000, target="x0", weighting="uniform", soft_masks=False,
-             t_range="full")
+PAPER = dict(size=(256, 256), steps=160_000, batch_size=2, lr=1e-4, weight_decay=0.002, ema=0.9999, warmup=0,
+             save_every=10_000, target="x0", weighting="uniform", soft_masks=False, t_range="full")
 PLAN = dict(soft_masks=True, t_range="full")                    # of a large stage smaller than the small one
 WHOLE = dict(channels=32, multipliers=(1, 1, 2, 4), num_res_blocks=1, attention_levels=(3,))
 PATCHES = dict(channels=32, multipliers=(1, 2), num_res_blocks=1, attention_levels=(), middle=False,
@@ -72,40 +71,34 @@ def parse_args(argv=None):
     """The flags, checked; those left out take the value of the preset."""
     parser = argparse.ArgumentParser(description="Train one stage of Defect-Gen.",
                                      epilog="Flags left out take the preset's value.")
-    parser.add_argument("--stage", choices=STAGES, help="which network (default: only say what both are)")
+    add = parser.add_argument
+    add("--stage", choices=STAGES, help="which network (default: only say what both are)")
     add_data_flags(parser, split="train")
-    parser.add_argument("--out", default="runs/demo", help="run folder; this stage writes to OUT/<stage> "
-                        "(default: %(default)s)")
-    parser.add_argument("--preset", default="tiny", choices=PRESETS, help="default values of the flags below "
-                        "(default: %(default)s)")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="images are resized to this; "
-                        "the stages may differ: the large one then plans in a smaller picture")
-    parser.add_argument("--crop", type=int, metavar="PX", help="train the small stage on random windows of "
-                        "this side; 0: on whole images")
-    parser.add_argument("--defect-share", type=float, default=0.7, metavar="SHARE", help="of the windows of "
-                        "--crop, so many are laid over a defect, 0 to 1 (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="optimiser steps in all")
-    parser.add_argument("--batch-size", type=int, help="images per step, of all processes together")
-    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="compute each step in N "
-                        "micro-batches: the same step in less memory (default: %(default)s)")
-    parser.add_argument("--lr", type=float, help="learning rate of AdamW")
-    parser.add_argument("--augment", nargs="+", default=[], choices=AUGMENTATIONS, help="change pairs at "
-                        "random, where the product may lie that way (default: none)")
-    parser.add_argument("--depth", type=int, choices=range(7), help="down-samplings of the network: fewer "
-                        "see less of the image, see python unet.py (default: the preset's)")
-    parser.add_argument("--target", choices=TARGETS, help="what the network predicts")
-    parser.add_argument("--weighting", choices=WEIGHTINGS, help="what errors count, by timestep")
-    parser.add_argument("--soft-masks", action=argparse.BooleanOptionalAction, help="a mask pixel holds the "
-                        "share of each class in it: in a plan, defects finer than its pixels would vanish")
-    parser.add_argument("--t-range", choices=["own", "full"], help="timesteps to train at: the stage's own "
-                        f"side of t = {SWITCH_T} and {T_MARGIN} beyond it, or all, for any --switch-t")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
-    parser.add_argument("--save-every", type=int, help="steps between checkpoints with a picture of samples")
-    parser.add_argument("--keep", type=int, default=2, help="checkpoints to keep (default: %(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="mixed precision (default: the "
-                        "preset's, else where the device is faster with it)")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
+    add("--out", default="runs/demo", help="run folder; each stage has one in it (default: %(default)s)")
+    add("--preset", default="tiny", choices=PRESETS, help="values for flags left out (default: %(default)s)")
+    add("--size", type=int, nargs=2, metavar=("H", "W"), help="images are resized to this; the stages may "
+        "differ: the large one then plans in a smaller picture")
+    add("--crop", type=int, metavar="PX", help="train small on random windows of this side; 0: whole images")
+    add("--defect-share", type=float, default=0.7, help="share of windows on a defect (default: %(default)s)")
+    add("--steps", type=int, help="optimiser steps in all")
+    add("--batch-size", type=int, help="images per step, of all processes together")
+    add("--accumulate", type=int, default=1, help="micro-batches a step: less memory (default: %(default)s)")
+    add("--lr", type=float, help="learning rate of AdamW")
+    add("--augment", nargs="+", default=[], choices=AUGMENTATIONS, help="change pairs at random, where the "
+        "product may lie that way (default: none)")
+    add("--depth", type=int, choices=range(7), help="down-samplings: fewer see less, see unet.py")
+    add("--target", choices=TARGETS, help="what the network predicts")
+    add("--weighting", choices=WEIGHTINGS, help="what errors count, by timestep")
+    add("--soft-masks", action=argparse.BooleanOptionalAction, help="a mask pixel holds the share of each "
+        "class in it: in a plan, defects finer than its pixels would vanish")
+    add("--t-range", choices=["own", "full"], help="timesteps to train at: the stage's own side of t = "
+        f"{SWITCH_T} and {T_MARGIN} beyond it, or all, for any --switch-t")
+    add("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    add("--save-every", type=int, help="steps between checkpoints with a picture of samples")
+    add("--keep", type=int, default=2, help="checkpoints to keep (default: %(default)s)")
+    add("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
+    add("--bf16", action=argparse.BooleanOptionalAction, help="mixed precision (default: where it is faster)")
+    add("--resume", action="store_true", help="continue from the newest checkpoint")
     args = parser.parse_args(argv)
     for name in ("steps", "batch_size", "accumulate", "save_every", "keep", "lr"):
         value = getattr(args, name)
@@ -175,13 +168,13 @@ def encode(joint, images, masks, config):
 
 # --- pictures while training ---
 
-def preview(net, config, images, masks, device):
+def preview(net, config, joint, images, masks):
     """A sheet of 8 samples of this stage's EMA weights, from fixed seeds.
 
     The large stage draws from noise, as far down as it was trained; the small one denoises training images
     from where it takes over.
     """
-    alphas_cumprod, joint = schedule(config["T"]), Joint(config["statistics"], len(config["classes"]), device)
+    alphas_cumprod, device = schedule(config["T"]), images.device
 
     def denoise(x_t, t):
         with torch.autocast(device.type, torch.bfloat16, enabled=config["bf16"]):
@@ -194,10 +187,10 @@ def preview(net, config, images, masks, device):
     if config["stage"] == "small":
         steps = [t for t in steps if t < SWITCH_T]
         x_t = q_sample(x_start, steps[0], x_t, alphas_cumprod)
-        rows.append((f"t={steps[0]}", list(joint.decode(x_t)[0].cpu())))
+        rows.append((f"t={steps[0]}", joint.decode(x_t)[0].cpu()))
     drawn = sample(denoise, x_t, steps, alphas_cumprod, limits=joint.limits)
     images, masks = (part.cpu() for part in joint.decode(drawn))
-    rows += [("image", list(images)), ("mask", [overlay(i, m) for i, m in zip(images, masks)])]
+    rows += [("image", images), ("mask", list(map(overlay, images, masks)))]
     return sheet(rows, classes=config["classes"])
 
 
@@ -220,27 +213,26 @@ def prepare(args, processes):
     for sentence in losses(dataset, FINER if args.soft_masks else 1):
         print(f"warning: {sentence}")
     network = dict(args.network)
-    if args.depth is not None:                  # the preset's first levels; beyond them copies of its last
-        widths = network["multipliers"]
-        network["multipliers"] = (widths + widths[-1:] * args.depth)[:args.depth + 1]
-        if args.stage == "large" and args.depth < min(network["attention_levels"]):
-            print(f"warning: at --depth {args.depth} the large network has no attention and sees patches")
-    depth, args.crop = len(network["multipliers"]) - 1, args.crop or None
+    widths = network["multipliers"]
+    depth = len(widths) - 1 if args.depth is None else args.depth
+    network["multipliers"] = (widths + widths[-1:] * depth)[:depth + 1]         # the last, as often as needed
+    if args.stage == "large" and depth < min(network["attention_levels"]):
+        print(f"warning: at --depth {depth} the large network has no attention and sees patches")
     if args.stage == "large" and args.crop:
         raise ValueError("--crop is for the small stage: the large one is to see the whole product")
     check_size(*args.size, depth)
-    if args.crop and args.crop % 2 ** depth:
+    if args.crop and (args.crop < 0 or args.crop % 2 ** depth):
         raise ValueError(f"--crop {args.crop}: the net halves it {depth} times, use multiples of {2**depth}")
-    config = dict(vars(args), size=list(args.size), classes=list(dataset.classes), channels=dataset.channels,
-                  images=[sample.name for sample in dataset.samples], T=1000, device=str(device),
+    T = 1000
+    own = {"large": [SWITCH_T - T_MARGIN, T], "small": [0, SWITCH_T + T_MARGIN]}
+    config = dict(vars(args), size=list(args.size), crop=args.crop or None, classes=list(dataset.classes),
+                  channels=dataset.channels, images=[sample.name for sample in dataset.samples], T=T,
+                  device=str(device), bf16=has_bf16(device) if args.bf16 is None else args.bf16,
+                  t_range=own[args.stage] if args.t_range == "own" else [0, T],
                   statistics=image_statistics(dataset), white=dataset.white)
     config.pop("network")
     if args.soft_masks:                                         # photos larger by FINER, to take shares of
         dataset.size = tuple(FINER * n for n in args.size)
-    if args.bf16 is None:
-        config["bf16"] = has_bf16(device)
-    own = {"large": [SWITCH_T - T_MARGIN, config["T"]], "small": [0, SWITCH_T + T_MARGIN]}
-    config["t_range"] = own[args.stage] if args.t_range == "own" else [0, config["T"]]
     other = folder.with_name("small" if args.stage == "large" else "large")
     if checkpoints(other):                                      # found out now, not when both are trained
         configs = {args.stage: config, other.name: load_stage(other, other.name)["config"]}
@@ -254,8 +246,7 @@ def build(network, config, device):
     # channels last is faster, but in bf16 on CPUs GroupNorm's backward pass is ten times slower with it
     layout = torch.contiguous_format if config["bf16"] and device.type == "cpu" else torch.channels_last
     net = UNet(config["channels"] + len(config["classes"]), **network).to(device, memory_format=layout)
-    decay = config["weight_decay"]
-    optimizer = torch.optim.AdamW(net.parameters(), config["lr"], weight_decay=decay, fused=True)
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=config["weight_decay"], fused=True)
     (height, width), crop, field = config["size"], config["crop"], receptive_field(net)
     print(f"{config['stage']}: {count_parameters(net) / 1e6:.2f} M parameters, sees {field_in_words(net)} of "
           f"{height}x{width}{f' in windows of {crop} px' if crop else ''}, {device}, "
@@ -303,9 +294,9 @@ def restore(folder, config, net, ema, optimizer):
 
 def open_log(path, first_step):
     """log.csv, to append to. What a killed run logged behind its last checkpoint goes: no row comes twice."""
-    rows = list(csv.reader(path.open(newline=""))) if path.exists() else []
-    kept = [row for row in rows[1:] if len(row) == len(COLUMNS) and int(row[0]) <= first_step]
-    text = "".join(",".join(map(str, row)) + "\n" for row in [COLUMNS, *kept])
+    rows = [line.split(",") for line in path.read_text().splitlines()[1:]] if path.exists() else []
+    kept = [row for row in rows if len(row) == len(COLUMNS) and int(row[0]) <= first_step]
+    text = "".join(",".join(row) + "\n" for row in [COLUMNS, *kept])
     write_atomically(path, lambda p: p.write_text(text))
     return path.open("a", buffering=1)                          # each row at once
 
@@ -313,21 +304,16 @@ def open_log(path, first_step):
 @contextmanager
 def noted_signals():
     """Within it the first Ctrl-C or SIGTERM is noted in the list that this yields; a second stops at once."""
-    received = []
+    received, undo = [], ExitStack()
 
     def note(signum, frame):
         received.append(signum)
-        restore_handlers()
+        undo.close()
 
-    def restore_handlers():
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-
-    handlers = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with undo:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            undo.callback(signal.signal, signum, signal.signal(signum, note))   # back to the old handler
         yield received
-    finally:
-        restore_handlers()
 
 
 # --- the loop ---
@@ -355,21 +341,21 @@ def train(args):
     if rank == 0:
         write_json(folder / "config.json", config)
     log = open_log(folder / "log.csv", first_step) if rank == 0 else open(os.devnull, "w")
-    eight = dataset.subset([i * len(dataset) // 8 for i in range(8)]).tensors()         # for the previews
+    eight = dataset.subset([i * len(dataset) // 8 for i in range(8)]).tensors()
+    eight = [part.to(device) for part in eight]                 # for the previews
     parameters, averages = list(net.parameters()), list(ema.parameters())
     totals = torch.zeros(2, 4, device=device)                   # loss sums and counts by quarter of [0, T)
     clock, last = time.perf_counter(), first_step
     bar = tqdm(total=args.steps, initial=first_step, unit="step", desc=args.stage, disable=rank > 0)
 
-    with log, noted_signals() if processes == 1 else nullcontext([]) as received:
+    with log, bar, noted_signals() if processes == 1 else nullcontext([]) as received:
         for step, (images, masks) in enumerate(batches(dataset, first_step, args, device, share), first_step):
             x_start = encode(joint, images, masks, config)
             generator = rng(args.seed, NOISE, step)             # one for all processes, which take shares
             t = torch.randint(*config["t_range"], (args.batch_size,), generator=generator)[share].to(device)
             noise = torch.randn(args.batch_size, *x_start.shape[1:], generator=generator)[share].to(device)
             lr = args.lr * min(1.0, (step + 1) / max(args.warmup, 1))   # no decay: --steps may be raised
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            optimizer.param_groups[0]["lr"] = lr
 
             micro_batches = zip(*(part.chunk(args.accumulate) for part in (x_start, t, noise)))
             for i, (x_start, t, noise) in enumerate(micro_batches, 1):
@@ -383,10 +369,9 @@ def train(args):
                 totals.index_add_(1, t * 4 // config["T"], values)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             decay = min(args.ema, (1 + step) / (10 + step))     # less at first, to forget step 0
-            with torch.no_grad():                               # or the average keeps the graph of every step
-                torch._foreach_lerp_(averages, parameters, 1 - decay)
+            get_ema_multi_avg_fn(decay)(averages, parameters, step)
 
             done = step + 1
             stop = done == args.steps or bool(received)
@@ -412,12 +397,10 @@ def train(args):
                 for path in list(checkpoints(folder).values())[:-args.keep]:
                     path.unlink()
                 if not received:
-                    picture = preview(ema, config, *(part.to(device) for part in eight), device)
-                    write_image(folder / f"samples_{done:06d}.png", picture)
+                    write_image(folder / f"samples_{done:06d}.png", preview(ema, config, joint, *eight))
                     clock = time.perf_counter()
             if stop:
                 break
-    bar.close()
     print(f"{args.stage} stage: {done} steps, in {folder}")
     if done < args.steps:
         print(f"stopped by {signal.Signals(received[0]).name}; continue with the same command and --resume")

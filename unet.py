@@ -37,12 +37,11 @@ SMALL = dict(channels=192, multipliers=(1, 2, 4), num_res_blocks=2, attention_le
 def check_size(height, width, depth):
     """Raise ValueError, naming sizes that work, unless height and width can be halved `depth` times."""
     f = 2 ** depth
-    if height >= f and width >= f and height % f == 0 and width % f == 0:
-        return
     below = max(f, height // f * f), max(f, width // f * f)
     above = max(f, math.ceil(height / f) * f), max(f, math.ceil(width / f) * f)
-    sizes = " or ".join(f"--size {h} {w}" for h, w in dict.fromkeys((below, above)))
-    raise ValueError(f"image is {height}x{width}, but this net halves it {depth} times: pass {sizes}")
+    if below != (height, width):
+        sizes = " or ".join(f"--size {h} {w}" for h, w in dict.fromkeys((below, above)))
+        raise ValueError(f"image is {height}x{width}, but this net halves it {depth} times: pass {sizes}")
 
 
 # --- parts ---
@@ -151,14 +150,13 @@ class UNet(nn.Module):
                            num_res_blocks=num_res_blocks, attention_levels=list(attention_levels),
                            middle=middle, scale_shift=scale_shift, dropout=dropout, norm=norm)
         self.depth = len(multipliers) - 1
-        widths = [channels * m for m in multipliers]
+        widths, hidden = [channels * m for m in multipliers], 4 * channels
 
         def block(c_in, level):
-            attention = level in attention_levels
-            return Block(c_in, widths[level], 4 * channels, scale_shift, dropout, norm, attention)
+            return Block(c_in, widths[level], hidden, scale_shift, dropout, norm, level in attention_levels)
 
-        self.embed = nn.Sequential(nn.Linear(channels, 4 * channels), nn.SiLU(),
-                                   nn.Linear(4 * channels, 4 * channels), nn.SiLU())
+        self.embed = nn.Sequential(nn.Linear(channels, hidden), nn.SiLU(),
+                                   nn.Linear(hidden, hidden), nn.SiLU())
         self.input = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         c, skips = widths[0], []                                # c: channels of the current feature
         self.down = nn.ModuleList()
@@ -170,12 +168,10 @@ class UNet(nn.Module):
             if level < self.depth:
                 skips.append(c)
                 self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
+        self.middle = nn.ModuleList([block(c, self.depth)])     # alone it goes up, and takes no skip
         if middle:
             skips.append(c)
-            self.middle = nn.ModuleList([block(c, self.depth),
-                                         Block(c, c, 4 * channels, scale_shift, dropout, norm)])
-        else:
-            self.middle = nn.ModuleList([block(c, self.depth)])    # goes up, and takes no skip
+            self.middle.append(Block(c, c, hidden, scale_shift, dropout, norm))
         self.up = nn.ModuleList()
         for level in reversed(range(len(widths))):
             while len(skips) > level * (num_res_blocks + 1):
