@@ -241,16 +241,13 @@ def find_components(runs) -> list:
     return [runs[:, sorted(members)] for members in distinct.values()]
 
 
-# --- what is read: standards, class tables, masks ---
+# --- what is read: standards, class tables, masks; what is wrong is a ValueError that names the file ---
 
 LIMITS_MM = {"max_area_mm2": ("area_px", 2), "max_length_mm": ("length_px", 1)}   # power of px_per_mm
 
 
 def load_standard(name_or_path, classes=None) -> Standard:
-    """The built-in standard of that name, else of that JSON file; checked against the class table if given.
-
-    Raises: ValueError, one sentence that names the file and the key.
-    """
+    """The built-in standard of that name, else of that JSON file; checked against the classes if given."""
     name = str(name_or_path)
     if name not in STANDARDS and not Path(name).is_file():
         raise ValueError(f"no standard {name!r}: built in are {', '.join(STANDARDS)}; there is no such file")
@@ -339,7 +336,7 @@ def check_shape(shape, native_size, where, squashed=False):
 
 
 def read_json(path):
-    """The JSON file's value. Raises: ValueError naming the file."""
+    """The JSON file's value."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))     # -sig: some editors add a mark
     except (OSError, ValueError, RecursionError) as error:
@@ -348,9 +345,8 @@ def read_json(path):
 
 def read_classes(path) -> tuple:
     """classes.json, {"0": "background", "1": "crack", ...} or the names in a list -> a tuple of names."""
-    names = table = read_json(path)
-    if isinstance(table, dict):
-        names = [table.get(str(i)) for i in range(len(table))]
+    table = read_json(path)
+    names = [table.get(str(i)) for i in range(len(table))] if isinstance(table, dict) else table
     texts = isinstance(names, list) and all(isinstance(c, str) and c for c in names)
     if not texts or names[:1] != ["background"] or len(set(names)) < len(names):
         raise ValueError(f'{path}: expected {{"0": "background", "1": "crack", ...}}, no gaps, no repeats, '
@@ -370,8 +366,7 @@ def open_picture(path) -> Image.Image:
 def read_mask(path, classes, label=None) -> np.ndarray:
     """(H, W) class indices of a picture of one channel, or of equal ones: grey, 16 bits, palette (indices).
 
-    label: the class of the pixels from 128 on of a mask in black and white.
-    Raises: ValueError naming the file: no image, colours, only 0 and 255 (without label or a class 255).
+    label: the class of the pixels from 128 on of a mask in black and white, else refused.
     """
     picture = open_picture(path)
     if label is not None and picture.mode in ("1", "P"):
