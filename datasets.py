@@ -15,7 +15,6 @@ drawn:pill, drawn:zipper and drawn:wood need no files; drawn:pill:original has o
 import argparse
 import itertools
 import json
-import math
 import os
 import re
 import sys
