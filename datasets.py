@@ -15,7 +15,6 @@ drawn:pill, drawn:zipper and drawn:wood need no files; drawn:pill:original has o
 import argparse
 import itertools
 import json
-import math
 import os
 import re
 import sys
@@ -32,7 +31,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 import inspect_rules
 from data.drawn import DRAWN, draw
 from inspect_rules import (IGNORE, IMAGE_SUFFIXES, LABELS, find_components, find_runs, grouped, listed,
-                           read_classes, read_json)
+                           open_picture, read_classes, read_json)
 
 LAYOUTS = """  image/<kind>/<stem>.png with mask/<kind>/<stem>_mask.png, class indices (Defect Spectrum)
   images/<kind>/<stem>.png with masks/<kind>/<stem>.png or <stem>_mask.png, class indices; also without kinds
@@ -72,15 +71,6 @@ Sample = namedtuple("Sample", "name image mask kind label", defaults=(None, "", 
 
 # --- reading files: what is wrong is a ValueError that names the file and the reason ---
 
-def open_picture(path):
-    """A loaded PIL image, turned upright by its EXIF tag; of several frames the first."""
-    try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture)
-    except Exception as error:      # Pillow raises OSError, SyntaxError, struct.error, ... by format
-        raise ValueError(f"{path}: cannot be read as an image ({error}); replace or remove it") from None
-
-
 def to_mode(picture, channels, white=None):
     """A PIL image in mode L or RGB: 16-bit grey is scaled by `white`, alpha dropped, palettes looked up."""
     if picture.mode[0] in "IF":                                 # I, I;16, F: Pillow's modes of 16-bit grey
@@ -98,14 +88,11 @@ def as_tensor(picture):
 
 def is_grey(path):
     """Whether a picture is grey: by its mode, or decoded. A broken one is reported when it is read."""
-    try:
-        with Image.open(path) as picture:
-            if picture.mode[0] in "1LIF":                       # 1, L, LA, I, I;16, F
-                return True
+    with suppress(Exception), Image.open(path) as picture:
+        if picture.mode[0] not in "1LIF":                       # 1, L, LA, I, I;16, F
             red, green, blue = picture.convert("RGB").split()
             return red.tobytes() == green.tobytes() == blue.tobytes()
-    except Exception:               # as in open_picture
-        return True
+    return True
 
 
 def channels_of(samples):
@@ -171,19 +158,18 @@ class DefectDataset:
 
     def read(self, i, size=None):
         """Image uint8 (C, H, W) and mask uint8 (H, W) at `size` or native; photos bilinear, masks nearest."""
-        path, mask = self.samples[i].image, self.read_mask(i)
+        path, mask = self.samples[i].image, Image.fromarray(self.read_mask(i))
         picture = open_picture(path)
         if self.white is None and picture.mode[0] in "IF":
             raise ValueError(f"{path}: is 16-bit grey among photos in colour; save it with 8 bits")
         picture = to_mode(picture, self.channels, self.white)
-        if picture.size != mask.shape[::-1]:
-            raise ValueError(f"{path} is {picture.height}x{picture.width} but its mask is "
-                             "{}x{}; they must have the same size (data/convert.py enlarges masks by "
-                             "whole factors)".format(*mask.shape))
-        if size is not None and tuple(size) != mask.shape:
+        if picture.size != mask.size:
+            raise ValueError(f"{path} is {picture.height}x{picture.width} but its mask is {mask.height}x"
+                             f"{mask.width}; they must have the same size (data/convert.py enlarges masks)")
+        if size is not None:
             picture = picture.resize(size[::-1], Image.BILINEAR)
-            mask = np.array(Image.fromarray(mask).resize(size[::-1], Image.NEAREST))
-        return as_tensor(picture), torch.from_numpy(mask)
+            mask = mask.resize(size[::-1], Image.NEAREST)
+        return as_tensor(picture), as_tensor(mask)[0]
 
     def read_mask(self, i):
         """Mask i at native size: uint8 array (H, W), class indices. The photo is not decoded."""
@@ -552,8 +538,8 @@ def sheet(rows, titles=(), classes=(), tile=128):
 def describe(dataset):
     """What was opened and which images were taken: one line, and one for each group of files left out."""
     classes = ", ".join(dataset.classes[1:])
-    lines = [f"{dataset.name}: {len(dataset)} images ({dataset.split_rule}), classes {classes}"]
-    return "\n".join(lines + [f"  {note}" for note in dataset.notes])
+    first = f"{dataset.name}: {len(dataset)} images ({dataset.split_rule}), classes {classes}"
+    return "\n  ".join([first, *dataset.notes])
 
 
 # --- what every command shares ---
@@ -714,7 +700,7 @@ def main():
     parser.add_argument("--sheet", metavar="FILE", type=Path, help="write a contact sheet: each class, the "
                         "whole photo and its defect; of several objects, one each")
     args = parser.parse_args()
-    objects = find_objects(Path(args.data)) if Path(args.data).is_dir() and not args.object else {}
+    objects = {} if args.object else find_objects(Path(args.data))
     names, reports = list(objects) if len(objects) > 1 else [args.object], {}
     for name in names:
         dataset = find_dataset(args.data, name)

@@ -102,7 +102,7 @@ class Finding:
     box: tuple                    # (top, left, bottom, right) edges, native px; empty if all was noise
     noise: int                    # components of this image that the rule left out as noise
     scale: float                  # native area of one mask pixel, px; 1.0: the mask has native size
-    runs: np.ndarray | None = field(default=None, repr=False, compare=False)    # its pixels: see find_runs
+    runs: np.ndarray = field(repr=False, compare=False)     # its pixels: see find_runs
 
     def row(self) -> tuple:
         """Its values in the order of COLUMNS."""
@@ -133,7 +133,6 @@ def area_px(components, pixel) -> float:
 
 
 def count(components, pixel) -> float:
-    """How many components there are."""
     return float(len(components))
 
 
@@ -243,16 +242,13 @@ def find_components(runs) -> list:
     return [runs[:, sorted(members)] for members in distinct.values()]
 
 
-# --- what is read: standards, class tables, masks ---
+# --- what is read: standards, class tables, masks; what is wrong is a ValueError that names the file ---
 
 LIMITS_MM = {"max_area_mm2": ("area_px", 2), "max_length_mm": ("length_px", 1)}   # power of px_per_mm
 
 
 def load_standard(name_or_path, classes=None) -> Standard:
-    """The built-in standard of that name, else of that JSON file; checked against the class table if given.
-
-    Raises: ValueError, one sentence that names the file and the key.
-    """
+    """The built-in standard of that name, else of that JSON file; checked against the classes if given."""
     name = str(name_or_path)
     if name not in STANDARDS and not Path(name).is_file():
         raise ValueError(f"no standard {name!r}: built in are {', '.join(STANDARDS)}; there is no such file")
@@ -334,15 +330,14 @@ def check_shape(shape, native_size, where, squashed=False):
     (h, w), (height, width) = shape, native_size
     turned = abs(h * height - w * width) < height + width         # give or take a pixel of rounding
     if abs(h * width - w * height) >= height + width and (turned or not squashed):
-        remedy = ", of another shape; inspect_rules.py --squashed takes it as the whole photo"
-        if turned:
-            remedy = ": swapped? correct native_size, or turn the mask"
-        sizes = f"mask is {list(shape)}, native_size {list(native_size)} [height, width]"
-        raise ValueError(f"{where}: {sizes}{remedy}")
+        remedy = (": swapped? correct native_size, or turn the mask" if turned else
+                  ", of another shape; inspect_rules.py --squashed takes it as the whole photo")
+        raise ValueError(f"{where}: mask is {list(shape)}, native_size {list(native_size)} [height, width]"
+                         f"{remedy}")
 
 
 def read_json(path):
-    """The JSON file's value. Raises: ValueError naming the file."""
+    """The JSON file's value."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))     # -sig: some editors add a mark
     except (OSError, ValueError, RecursionError) as error:
@@ -351,9 +346,8 @@ def read_json(path):
 
 def read_classes(path) -> tuple:
     """classes.json, {"0": "background", "1": "crack", ...} or the names in a list -> a tuple of names."""
-    names = table = read_json(path)
-    if isinstance(table, dict):
-        names = [table.get(str(i)) for i in range(len(table))]
+    table = read_json(path)
+    names = [table.get(str(i)) for i in range(len(table))] if isinstance(table, dict) else table
     texts = isinstance(names, list) and all(isinstance(c, str) and c for c in names)
     if not texts or names[:1] != ["background"] or len(set(names)) < len(names):
         raise ValueError(f'{path}: expected {{"0": "background", "1": "crack", ...}}, no gaps, no repeats, '
@@ -361,20 +355,24 @@ def read_classes(path) -> tuple:
     return tuple(names)
 
 
-def read_mask(path, classes=(), label=None) -> np.ndarray:
+def open_picture(path) -> Image.Image:
+    """A loaded picture, turned upright by its EXIF tag; of several frames the first."""
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture)
+    except Exception as error:      # Pillow raises OSError, SyntaxError, struct.error, ... by format
+        raise ValueError(f"{path}: cannot be read as an image ({error}); replace or remove it") from None
+
+
+def read_mask(path, classes, label=None) -> np.ndarray:
     """(H, W) class indices of a picture of one channel, or of equal ones: grey, 16 bits, palette (indices).
 
-    label: the class of the pixels from 128 on of a mask in black and white.
-    Raises: ValueError naming the file: no image, colours, only 0 and 255 (without label or a class 255).
+    label: the class of the pixels from 128 on of a mask in black and white, else refused.
     """
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if label is not None and image.mode in ("1", "P"):
-                image = image.convert("L")                        # what its palette shows
-            mode, mask = image.mode, np.array(image)
-    except Exception as error:      # pillow raises many types for a damaged file; to the user they are one
-        raise ValueError(f"{path}: cannot be read as an image: {error}") from None
+    picture = open_picture(path)
+    if label is not None and picture.mode in ("1", "P"):
+        picture = picture.convert("L")                            # what its palette shows
+    mode, mask = picture.mode, np.array(picture)
     if mode == "RGBA" and mask[..., 3].min() == 255:
         mode, mask = "RGB", mask[..., :3]
     if mode == "RGB" and (mask == mask[..., :1]).all():
@@ -451,7 +449,7 @@ def find_masks(folder) -> dict:
     return masks
 
 
-def find_classes(folder, standard, classes_file=None):
+def find_classes(folder, standard, classes_file):
     """(class table, its source): that file, else the classes.json in, above or below folder, else LABELS."""
     above = [up / "classes.json" for up in (folder, *folder.parents) if (up / "classes.json").is_file()]
     found = [classes_file] if classes_file else above[:1] or sorted(folder.rglob("classes.json"))
@@ -547,8 +545,8 @@ SHOWN = 12                          # findings that are numbered and explained
 
 def read_photo(path):
     """A photo as RGB; None where it is missing or damaged."""
-    with suppress(Exception), Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+    with suppress(ValueError):
+        return open_picture(path).convert("RGB")
 
 
 def find_photo(path):
@@ -559,7 +557,6 @@ def find_photo(path):
             for suffix in (".png", ".jpg", ".jpeg", ".bmp", ".tif"):
                 if photo := read_photo(photos / (path.stem.removesuffix("_mask") + suffix)):
                     return photo
-    return None
 
 
 def draw_overlay(mask, findings, photo=None) -> Image.Image:
