@@ -64,7 +64,7 @@ CLASS_TABLES = {**LABELS, **{name: ("background", *names.split()) for name, name
     "DS-Cotton-Fabric": "texture bubble", "synthetic_Cotton_Fabric": "texture bubble"}.items()}}
 FOREIGN = {"pill": [f"good/{n:03d}" for n in range(22)]}    # DS-MVTec: metal nuts, uploaded there by mistake
 
-# image: a path, or the number of a drawn picture. mask: a path, or None (all background).
+# image: a path, or the number of a drawn picture. mask: a path, or None (a good photo, or a drawn one).
 # label: None when the mask file holds class indices; else the class that its pixels >= 128 stand for.
 Sample = namedtuple("Sample", "name image mask kind label", defaults=(None, "", None))
 
@@ -323,7 +323,7 @@ def read_folder(photos, masks):
         raise ValueError(f"--data {root}: no images in it; expected\n{LAYOUTS}\n{CONVERT.format(root)}")
     if (root / "classes.json").exists():
         classes = read_classes(root / "classes.json")
-    elif name in FOREIGN:
+    elif name in FOREIGN and photos.name == "image":            # DS-MVTec, not MVTec AD itself
         notes = [f"left out, photos of another product: {listed(FOREIGN[name])}"]
         samples = [s for s in samples if s.name not in FOREIGN[name]]
     classes = classes or CLASS_TABLES.get(name) or classes_of_values(root, samples)
@@ -599,7 +599,7 @@ def in_between(mask):
     return ((low < np.array(picture)) & (np.array(picture) < high)).sum() > 0.1 * (low < high).sum()
 
 
-def losses(dataset, finer=1):
+def gaps(dataset, finer=1):
     """Sentences on what is not there to learn: kinds without a photo, classes without a pixel, and defects
     that vanish at the size, each pixel of which is taken from `finer` squared.
     """
@@ -649,7 +649,7 @@ def audit(dataset):
     return {"images": len(dataset), "kinds": Counter(s.kind or "(no kind)" for s in dataset.samples),
             "classes": {name: area[area > 0].tolist() for name, area in zip(dataset.classes, pixels.T)},
             "annotated": (present > 0).sum(), "several_classes": (present > 1).sum(), "sizes": Counter(sizes),
-            "problems": problems, "warnings": losses(dataset) + grouped(itertools.chain(*doubts))}
+            "problems": problems, "warnings": gaps(dataset) + grouped(itertools.chain(*doubts))}
 
 
 def print_audit(dataset, report):

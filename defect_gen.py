@@ -212,7 +212,7 @@ class DefectGen:
 
     def __init__(self, large, small, device="cpu"):
         """large, small: checkpoints as load_stage returns them."""
-        self.config, self.device = small["config"], device
+        self.config, self.device = small["config"], torch.device(device)
         self.classes, self.size = tuple(self.config["classes"]), tuple(self.config["size"])
         self.plan_size = tuple(large["config"]["size"])
         self.joint = Joint(self.config["statistics"], len(self.classes), device)
@@ -314,8 +314,8 @@ class DefectGen:
         if self.plan_size == self.size:                             # the paper: one trajectory
             noise = noise_for(seeds, (channels, *size), self.device)
             return run(switched(large, small, switch_t), noise(), steps, noise, known)
-        step = 2 ** self.large.depth
-        plan_size = [math.ceil(n * plan / own / step) * step
+        multiple = 2 ** self.large.depth
+        plan_size = [math.ceil(n * plan / own / multiple) * multiple
                      for n, plan, own in zip(size, self.plan_size, self.size)]
         noise = noise_for(seeds, (channels, *plan_size), self.device)
         joint = enlarge(run(large, noise(), steps, noise, known and shrink(*known, plan_size)), size)
@@ -323,12 +323,12 @@ class DefectGen:
         if known is not None:
             joint = torch.where(known[1], known[0], joint)
             box = surroundings(~known[1][0].all(0), self.small)
-        steps = [t for t in steps if t < switch_t]
-        if steps:
+        below = [t for t in steps if t < switch_t]
+        if below:
             noise = noise_for([~seed for seed in seeds], (channels, *size), self.device)    # not the plan's
-            x = q_sample(joint, steps[0], noise(), self.alphas_cumprod)[..., *box]
-            inside = known and [part[..., *box] for part in known]
-            joint[..., *box] = run(small, x, steps, lambda: noise()[..., *box], inside, NOISE_SCALE)
+            x = q_sample(joint, below[0], noise(), self.alphas_cumprod)[..., *box]
+            known_in_box = known and [part[..., *box] for part in known]
+            joint[..., *box] = run(small, x, below, lambda: noise()[..., *box], known_in_box, NOISE_SCALE)
         return joint
 
 

@@ -27,10 +27,10 @@ from tqdm import tqdm
 
 from datasets import (DefectDataset, Sample, as_tensor, begin, channels_of, defects, find_objects, images_in,
                       open_dataset, open_picture, overlay, pair_paths, pick_device, run_main, sheet, to_mode,
-                      write_classes, write_image, write_json, write_pair)
+                      write_image, write_json, write_pair)
 from defect_gen import NUM_STEPS, SWITCH_T, DefectGen
 from diffusion import METHODS, SPACINGS, rng
-from evaluate import defect_crops, distances, halved, mask_fit
+from evaluate import defect_crops, distances, fingerprint, halved, mask_fit
 from inspect_rules import read_json
 from segment import load_segmenter
 from unet import check_size
@@ -41,6 +41,8 @@ SCORES = "photo", "mask", "tries", "seam", "novelty", "fit"
 TRIES = 5               # for each painted pair: other photos, places and noise
 MAX_SEAM = 2.0          # what the border of a region may show, see seam()
 RETRY, PLACE = 1 << 20, 5                   # of seeds: between the tries of one pair; for the place
+DRAWING = "size", "num_steps", "sampler", "spacing", "switch_t", "batch_size", "min_area_px", "max_area_px"
+PAINTING = "split", "where", "judge", "min_fit"     # flags that are read in one of the two ways alone
 DRAWS = 50              # for each pair of --count at most, where only some are wanted
 
 
@@ -87,10 +89,11 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.paint = bool(args.photos or args.masks)
     args.masks = args.masks or "training"
-    if not args.paint and (args.where or args.judge or args.min_fit or args.split):
-        raise ValueError("--where, --judge, --min-fit and --split are for painting: add --photos or --masks")
-    if args.paint and (args.size or args.min_area_px or args.max_area_px is not None):
-        raise ValueError("--size, --min-area-px and --max-area-px are not for painting: leave them away")
+    for name in DRAWING if args.paint else PAINTING:
+        if getattr(args, name) != parser.get_default(name):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} is {'not ' * args.paint}for painting, which --photos and --masks ask "
+                             "for: leave it away")
     if args.count < 1 or args.batch_size is not None and args.batch_size < 1:
         raise ValueError("--count and --batch-size must be at least 1")
     args.seeds = parse_seeds(args.seeds) if args.seeds else None
@@ -112,6 +115,14 @@ def open_run(args):
     if args.defect and args.defect not in generator.classes[1:]:
         raise ValueError(f"--defect {args.defect}: {args.run} draws {', '.join(generator.classes[1:])}")
     return generator
+
+
+def settings(args, names, generator):
+    """What the pairs of a folder are made with: flags, and the networks, known by their last layers."""
+    last = [net.output[-1].weight.detach().cpu() for net in (generator.large, generator.small)]
+    weights = fingerprint(*(layer.bfloat16().float() for layer in last))    # as any machine rounds them
+    flags = {name: getattr(args, name) for name in names}
+    return {**flags, "steps_trained": generator.steps_trained, "weights": weights}
 
 
 def write_sheet(out, pairs, photos=()):
@@ -139,9 +150,7 @@ def draw_pairs(args):
     how = args.num_steps, args.sampler, args.spacing, args.switch_t
     generator.timesteps(args.num_steps, args.spacing, args.switch_t)    # refused before writing
     names = "num_steps", "sampler", "spacing", "switch_t", "defect", "min_area_px", "max_area_px"
-    settings = {name: getattr(args, name) for name in names}
-    settings.update(size=list(size), steps_trained=generator.steps_trained)
-    begin(out, generator.classes, settings)
+    begin(out, generator.classes, {**settings(args, names, generator), "size": list(size)})
 
     batch_size = args.batch_size or min(16, max(1, 16 * 256 ** 2 // math.prod(size)))
     choosy = args.defect or args.min_area_px or args.max_area_px is not None
@@ -354,6 +363,8 @@ class Painter:
         if record.get("seam", 0) > MAX_SEAM or record.get("fit", 1) < self.min_fit:
             return "low score"
         wide = F.interpolate(mask[None, None], tuple(labels.shape), mode="nearest-exact")[0, 0]
+        if not wide.any():                                          # finer than a pixel of a small photo
+            return "no room"
         at = wide.nonzero()
         record["box"] = [*at.amin(0).tolist(), *(at.amax(0) - at.amin(0) + 1).tolist()]
         return put_back(photo, before, after, region), torch.where(wide > 0, wide, labels), record
@@ -364,8 +375,7 @@ def paint_pairs(args):
     generator = open_run(args)
     painter, out = Painter(args, generator), Path(args.out or Path(args.run) / "painted")
     names = "photos", "split", "masks", "where", "judge", "min_fit", "defect"
-    settings = {name: getattr(args, name) for name in names}
-    begin(out, generator.classes, {**settings, "steps_trained": generator.steps_trained})
+    begin(out, generator.classes, settings(args, names, generator))
     source = out / "source.json"
     records, seeds = read_json(source) if source.exists() else {}, args.seeds or list(range(args.count))
     failed = Counter()

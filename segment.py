@@ -23,9 +23,9 @@ from torch import nn
 from torchvision.transforms.functional import normalize
 from tqdm import tqdm
 
-from datasets import (IGNORE, add_data_flags, as_tensor, begin, defects, describe, has_bf16, images_in,
-                      listed, losses, open_dataset, open_picture, overlay, pair_paths, pick_device, run_main,
-                      sheet, to_mode, white_of, write_atomically, write_classes, write_image, write_json)
+from datasets import (IGNORE, add_data_flags, as_tensor, begin, defects, describe, gaps, has_bf16, images_in,
+                      listed, open_dataset, open_picture, overlay, pair_paths, pick_device, run_main, sheet,
+                      to_mode, white_of, write_atomically, write_image, write_json)
 
 
 def padded(x: torch.Tensor, **how) -> torch.Tensor:
@@ -473,6 +473,7 @@ def load_segmenter(path, device="cpu"):
         raise
     except Exception as error:      # the reader raises many types; to the user they are one fact
         raise ValueError(f"{path}: damaged, or not written by segment.py ({str(error)[:80]})") from None
+    device = torch.device(device)
     net.to(device)
 
     def masks_of(images):
@@ -544,7 +545,7 @@ def train_and_score(args):
     count = sum(p.numel() for p in net.parameters()) / 1e6
     print(f"{args.arch}, {count:.1f} M parameters, backbone weights: {loaded}, on {device}", describe(train),
           describe(test), f"images are {args.size[0]}x{args.size[1]}",
-          *(f"warning: {sentence}" for sentence in losses(train)), sep="\n")
+          *(f"warning: {sentence}" for sentence in gaps(train)), sep="\n")
     pairs = train.tensors()
     fit(net.to(device), *pairs, args.steps, args.batch_size, args.lr, args.seed, bf16, progress=True)
     images, target = test.tensors()

@@ -4,7 +4,7 @@
     python train.py --stage large                       the drawn pill, minutes on two CPU cores
     python train.py --stage small
     python train.py --stage large --data FOLDER --out runs/mine --preset laptop        a plan of 64x64; then
-    python train.py --stage small --data FOLDER --out runs/mine --preset laptop        256x256: an hour
+    python train.py --stage small --data FOLDER --out runs/mine --preset laptop        256x256: an hour or two
     python train.py --stage large --resume --steps 20000            continue: the same flags, and more steps
     torchrun --nproc_per_node=4 train.py --stage large ...          one process per GPU; they share each batch
 
@@ -27,9 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from datasets import (AUGMENTATIONS, add_data_flags, augment, defects, describe, has_bf16, losses,
-                      open_dataset, overlay, pick_device, run_main, sheet, write_atomically, write_image,
-                      write_json)
+from datasets import (AUGMENTATIONS, add_data_flags, augment, defects, describe, gaps, has_bf16, open_dataset,
+                      overlay, pick_device, run_main, sheet, write_atomically, write_image, write_json)
 from defect_gen import (STAGES, SWITCH_T, Joint, check_fit, checkpoints, image_statistics, load_stage,
                         save_stage)
 from diffusion import (TARGETS, WEIGHTINGS, q_sample, rng, sample, schedule, time_weights, timesteps,
@@ -49,7 +48,7 @@ PRESETS = {
     # 64x64 on two CPU cores in minutes, after a plan of 32x32: demo, tests, teaching
     "tiny": dict(large=dict(TINY, **PLAN, size=(32, 32), steps=2000, batch_size=8, network=WHOLE),
                  small=dict(TINY, weighting="uniform", network=PATCHES)),
-    # 256x256 on two CPU cores in an hour: a plan of 64x64, then crops of the photos
+    # 256x256 on two CPU cores in an hour or two: a plan of 64x64, then crops of the photos
     "laptop": dict(large=dict(LAPTOP, **PLAN, steps=2000, network=WHOLE),
                    small=dict(LAPTOP, weighting="uniform", size=(256, 256), crop=96,
                               network=dict(PATCHES, num_res_blocks=2))),
@@ -210,7 +209,7 @@ def prepare(args, processes):
     dataset = dataset.subset(dataset.defective())
     if not len(dataset):
         raise ValueError(f"--data {args.data}, split {args.split}: no photo has a defect to learn")
-    for sentence in losses(dataset, FINER if args.soft_masks else 1):
+    for sentence in gaps(dataset, FINER if args.soft_masks else 1):
         print(f"warning: {sentence}")
     network = dict(args.network)
     widths = network["multipliers"]
@@ -263,6 +262,7 @@ def show_plan(flags):
     flags.resume = True                                         # what is there already does not matter
     for stage in STAGES:
         args = complete(flags, stage)
+        args.crop = args.crop if stage == "small" else None
         dataset, network, config, device = prepare(args, 1)
         build(network, config, device)
         low, high = config["t_range"]

@@ -214,6 +214,9 @@ def test_tables_are_shipped_overridden_by_classes_json_and_else_counted_from_the
     data = open_dataset(pill)
     assert data.classes == LABELS["pill"] and len(data) == 24 + 24 + 2          # 22 good ones are metal nuts
     assert "left out, photos of another product: good/000, good/001" in datasets.describe(data)
+    save(tmp_path / "ad/pill/test/good/000.png", PIXELS)
+    (tmp_path / "ad/pill/ground_truth").mkdir()
+    assert len(open_dataset(tmp_path / "ad")) == 1                  # MVTec AD itself has pills there
     assert open_dataset(bolt).classes == ("background", "class_1", "class_2")
     save(bolt / "mask/crack/001_mask.png", np.full((48, 48), 255))
     says(f"{bolt}: .* the value 255 .*python data/convert.py {bolt} --out NEW", open_dataset, bolt)
@@ -522,8 +525,8 @@ def test_what_a_size_and_a_split_lose_is_counted_with_the_size_that_keeps_it(tmp
         save(tmp_path / f"mask/{'ab'[n > 1]}/{n}_mask.png", square(1 + n // 2, 41, 51, side))
     write_classes(tmp_path, CLASSES)
     write_json(tmp_path / "split.json", {"train": ["a/0", "a/1"], "test": ["b/2"]})
-    assert datasets.losses(open_dataset(tmp_path)) == []
-    *lost, small = datasets.losses(open_dataset(tmp_path, (12, 16), "train"))
+    assert datasets.gaps(open_dataset(tmp_path)) == []
+    *lost, small = datasets.gaps(open_dataset(tmp_path, (12, 16), "train"))
     assert lost == ["no photo of the kinds b in split train",
                     "no pixel of the classes crack, dirt in split train"]
     words = "2 of 2 masks lose a defect at 12x16: a/0, a/1; --size (.*) (.*) keeps all"

@@ -45,7 +45,7 @@ def test_a_data_set_comes_out_of_which_each_pair_is_a_function_of_its_seed(train
     assert f"5 pairs in {together}" in said
     masks = [open_dataset(together).read_mask(i) > 0 for i in range(5)]
     share = 100 * np.mean([mask.mean() for mask in masks])
-    assert f"{share:.2f} % of the pixels are defects; trained on: 0 % empty, 10.42 %" in said   # 80 of 768 px
+    assert f"{share:.2f} % of the pixels are defects\ntrained on: 0 % empty, 10.42 %" in said   # 80 px
     data = open_dataset(together)
     assert data.classes == ("background", "crack", "dirt") and seeds_in(together) == [0, 1, 2, 3, 17]
     assert data[0][0].shape == (3, 16, 32) and len({data[i][0].numpy().tobytes() for i in range(5)}) == 5
@@ -75,13 +75,17 @@ def test_other_settings_or_checkpoints_do_not_mix_into_one_folder(trained, tmp_p
     for other in ["--num-steps", 4], ["--defect", "crack"], ["--size", 32, 32], []:
         if not other:                                           # other checkpoints
             (moved / "small/step_000004.pt").unlink()
-        with pytest.raises(ValueError, match="out holds pairs of other settings or checkpoints"):
+        with pytest.raises(ValueError, match="out holds what was made with other settings or checkpoints"):
             go(*flags, *other)
     assert seeds_in(out) == [0, 1]
 
 
 def test_seeds_are_ranges_and_numbers_each_once():
     assert sample.parse_seeds("2,1-3, 5") == [2, 1, 3, 5]
+    with pytest.raises(ValueError, match="--judge is for painting, which --photos and --masks ask for"):
+        sample.parse_args(["--judge", "segment.pt"])
+    with pytest.raises(ValueError, match="--num-steps is not for painting"):
+        sample.parse_args(["--photos", "good", "--num-steps", "9"])
 
 
 @pytest.mark.parametrize("flags, message", [
