@@ -233,7 +233,7 @@ def prepare(args, processes):
     if args.soft_masks:                                         # photos larger by FINER, to take shares of
         dataset.size = tuple(FINER * n for n in args.size)
     other = folder.with_name("small" if args.stage == "large" else "large")
-    if checkpoints(other):                                      # found out now, not when both are trained
+    if not args.resume and checkpoints(other):                  # found out now, not when both are trained
         configs = {args.stage: config, other.name: load_stage(other, other.name)["config"]}
         check_fit(args.out, configs["large"], configs["small"])
     return dataset, network, config, device

@@ -24,7 +24,7 @@ for line in sys.stdin:
         continue
     child = os.fork()
     if child == 0:
-        signal.alarm(300)                                       # nothing waits for ever
+        signal.alarm(900)                                       # nothing waits for ever
         signal.signal(signal.SIGINT, signal.default_int_handler)    # background jobs ignore it
         log = os.open({logs!r} + "/" + str(os.getpid()), os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1), os.dup2(log, 2)
