@@ -88,7 +88,7 @@ def make_pool(args, run, name, count, block):
     out, first = Path(run) / "pools" / f"{name.replace(' ', '_')}_{block}", block * 10_000
     count *= 2 if name == "painted" else 1                                  # not every photo has room
     seeds = ["--run", run, "--seeds", f"{first}-{first + count - 1}", "--out", str(out)]
-    photos = ["--photos", args.photos, *(["--split", args.split] if args.split else [])]
+    photos = ["--photos", args.photos, "--split", args.split]
     if name in ("large", "two-stage"):
         sample.draw_pairs(sample.parse_args([*seeds, *(["--switch-t", "0"] if name == "large" else [])]))
     elif name == "painted":
@@ -193,7 +193,7 @@ def parse_args():
     add("--run", action="append", help="run with both stages; repeatable (default: runs/demo)")
     add("--photos", default="drawn:pill", help="to paint and paste into, see sample.py (default: "
         "%(default)s)")
-    add("--split", help="of --photos (default: all)")
+    add("--split", default="train", help="of --photos: none that is scored on (default: %(default)s)")
     add("--more", default="train", help="split of the run's data that holds more photos (default: "
         "%(default)s)")
     add("--arch", nargs="+", default=list(ARCHS), help="networks (default: all three)")
