@@ -13,6 +13,7 @@ drawn:pill, drawn:zipper and drawn:wood need no files; drawn:pill:original has o
     python datasets.py --data Defect_Spectrum --object pill
 """
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -474,6 +475,17 @@ def write_pair(folder, name, image, mask, kind):
 
 def write_classes(folder, classes):
     write_json(Path(folder) / "classes.json", {str(i): name for i, name in enumerate(classes)})
+
+
+def fingerprint(*parts):
+    """16 hex digits of tensors, files (Path) and plain values: what a result that is kept was made from."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            digest.update(part.numpy().tobytes())
+        else:
+            digest.update(part.read_bytes() if isinstance(part, Path) else repr(part).encode())
+    return digest.hexdigest()[:16]
 
 
 def begin(folder, classes, settings):

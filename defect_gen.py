@@ -369,7 +369,8 @@ def main():
         joint = Joint(image_statistics(data), len(classes), device)
         x_start = joint.encode(*(part.to(device) for part in data.tensors()))
         exact = exact_denoiser(x_start, alphas_cumprod)
-        steps, x_T = timesteps(1000, args.num_steps), noise_for([args.seed], x_start.shape[1:], device)()
+        steps = timesteps(len(alphas_cumprod), args.num_steps)
+        x_T = noise_for([args.seed], x_start.shape[1:], device)()
         draw = partial(sample, exact, x_T, steps, alphas_cumprod, limits=joint.limits)
 
     seen = []                                                       # (t, x_t, pred_x_start) of each step

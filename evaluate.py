@@ -10,7 +10,6 @@ that were run before stay in them.
 """
 import argparse
 import base64
-import hashlib
 import html
 import itertools
 import math
@@ -159,17 +158,6 @@ def measure(pairs, seen_masks, training, reference):
 
 
 # --- the run ---
-
-def fingerprint(*parts):
-    """16 hex digits of tensors, files (Path) and plain values: what a result that is kept was made from."""
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, torch.Tensor):
-            digest.update(part.numpy().tobytes())
-        else:
-            digest.update(part.read_bytes() if isinstance(part, Path) else repr(part).encode())
-    return digest.hexdigest()[:16]
-
 
 def merged(masks):
     """All classes of defects as one; IGNORE stays."""
@@ -535,7 +523,7 @@ def write_report(folder, metrics):
     parts = ["<!doctype html><html lang=en><head><meta charset=utf-8>",
              "<meta name=viewport content='width=device-width,initial-scale=1'>",
              f"<title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>"]
-    wrong = [sentence for result in metrics.values() for sentence in result["wrong"]]
+    wrong = [sentence for result in metrics.values() for sentence in result.get("wrong", ())]
     parts += [f"<p class=wrong>{html.escape(sentence)}</p>" for sentence in dict.fromkeys(wrong)]
     for result in metrics.values():
         parts.append(f"<h2>{html.escape(result['title'])}</h2>")

@@ -25,12 +25,12 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from datasets import (DefectDataset, Sample, as_tensor, begin, channels_of, defects, find_objects, images_in,
-                      open_dataset, open_picture, overlay, pair_paths, pick_device, run_main, sheet, to_mode,
-                      write_image, write_json, write_pair)
+from datasets import (DefectDataset, Sample, as_tensor, begin, channels_of, defects, find_objects,
+                      fingerprint, images_in, open_dataset, open_picture, overlay, pair_paths, pick_device,
+                      run_main, sheet, to_mode, write_image, write_json, write_pair)
 from defect_gen import NUM_STEPS, SWITCH_T, DefectGen
 from diffusion import METHODS, SPACINGS, rng
-from evaluate import defect_crops, distances, fingerprint, halved, mask_fit
+from evaluate import defect_crops, distances, halved, mask_fit
 from inspect_rules import read_json
 from segment import load_segmenter
 from unet import check_size

@@ -10,7 +10,6 @@ scores, the highest of which is the prediction; K = num_classes counts backgroun
 References: DeepLabV3+ Chen et al. 2018, arXiv 1802.02611; SegFormer Xie et al. 2021, arXiv 2105.15203.
 """
 import argparse
-import hashlib
 import math
 import pickle
 import re
@@ -23,9 +22,10 @@ from torch import nn
 from torchvision.transforms.functional import normalize
 from tqdm import tqdm
 
-from datasets import (IGNORE, add_data_flags, as_tensor, begin, defects, describe, gaps, has_bf16, images_in,
-                      listed, open_dataset, open_picture, overlay, pair_paths, pick_device, run_main, sheet,
-                      to_mode, white_of, write_atomically, write_image, write_json)
+from datasets import (IGNORE, add_data_flags, as_tensor, begin, defects, describe, fingerprint, gaps,
+                      has_bf16, images_in, listed, open_dataset, open_picture, overlay, pair_paths,
+                      pick_device, run_main, sheet, to_mode, white_of, write_atomically, write_image,
+                      write_json)
 
 
 def padded(x: torch.Tensor, **how) -> torch.Tensor:
@@ -522,7 +522,7 @@ def predict_photos(args):
     masks_of, classes, white = load_segmenter(args.weights, pick_device(args.device))
     if not photos:
         raise ValueError(f"--predict {args.predict}: no photos in this folder, or no such folder")
-    begin(out, classes, {"weights": hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()})
+    begin(out, classes, {"weights": fingerprint(Path(args.weights))})
     white = white or white_of(photos.values())
     for (kind, stem), path in tqdm(photos.items(), unit="photo"):
         mask_path = pair_paths(out, stem, kind)[1]

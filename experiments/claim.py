@@ -18,9 +18,9 @@ import evaluate
 import sample
 import train
 from data.drawn import DRAWN, draw
-from datasets import PALETTE, run_main, write_classes, write_image, write_json, write_pair
+from datasets import PALETTE, fingerprint, run_main, write_classes, write_image, write_json, write_pair
 from defect_gen import SWITCH_T, DefectGen, checkpoints
-from evaluate import compare, fingerprint, print_table, spread, variants
+from evaluate import compare, print_table, spread, variants
 from inspect_rules import read_json
 
 STEPS = 1500

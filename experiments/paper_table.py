@@ -32,10 +32,11 @@ import torch.nn.functional as F
 
 import evaluate
 import sample
-from datasets import has_bf16, open_dataset, pair_paths, run_main, write_classes, write_json, write_pair
+from datasets import (fingerprint, has_bf16, open_dataset, pair_paths, run_main, write_classes, write_json,
+                      write_pair)
 from defect_gen import DefectGen
 from diffusion import rng
-from evaluate import TrainedRun, fingerprint, merged, print_table, spread
+from evaluate import TrainedRun, merged, print_table, spread
 from experiments import mask2former                                         # adds itself to segment.ARCHS
 from experiments.paint import donors, paste
 from inspect_rules import read_json

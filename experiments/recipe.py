@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from datasets import augment, open_dataset, overlay, run_main, sheet, write_image, write_json
+from datasets import augment, fingerprint, open_dataset, overlay, run_main, sheet, write_image, write_json
 from defect_gen import SWITCH_T, Joint, enlarge, image_statistics
 from diffusion import (noise_for, q_sample, rng, sample, schedule, time_weights, timesteps, to_x_start,
                        training_loss)
-from evaluate import (COPY_BELOW, fingerprint, grain, halves, mask_fit, novelty, print_table,
-                      sliced_wasserstein, spread, variants)
+from evaluate import (COPY_BELOW, grain, halves, mask_fit, novelty, print_table, sliced_wasserstein, spread,
+                      variants)
 from inspect_rules import read_json
 from segment import build, fit, predict
 from train import window
