@@ -244,12 +244,14 @@ class DefectDataset:
 
 
 class DrawnDataset(DefectDataset):
-    """The embedded drawn products, made on request at any size: 20 images of each kind. coarse: one class."""
+    """The embedded drawn products, made on request at any size: 20 images of each kind, or those of other
+    numbers. coarse: one class.
+    """
 
-    def __init__(self, product, coarse):
+    def __init__(self, product, coarse, numbers=range(20)):
         kinds, self.product, self.coarse = DRAWN[product].kinds, product, coarse
         samples = [Sample(f"{kind}/{n:03d}", n * len(kinds) + k, kind=kind)
-                   for k, kind in enumerate(kinds) for n in range(20)]
+                   for k, kind in enumerate(kinds) for n in numbers]
         classes = ("background", "defect") if coarse else DRAWN[product].classes
         super().__init__(f"drawn:{product}", classes, samples, channels=3)
 

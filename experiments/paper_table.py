@@ -6,7 +6,7 @@
 Segmenters are trained on the run's photos and as many pairs again of one pool, and scored on the test photos:
 
     real          the photos alone, augmented as in every pool (segment.random_view)
-    more real     other photos of --more, the upper bound
+    more real     other photos of --more, or more drawn ones: the upper bound
     pasted        defects copied from the photos, pasted anywhere on the product with a feathered border
     pasted where  likewise, where training defects of the class lie
     foreign       a texture of the photos, enlarged, in blots of Perlin noise (any defect: one class)
@@ -32,8 +32,8 @@ import torch.nn.functional as F
 
 import evaluate
 import sample
-from datasets import (fingerprint, has_bf16, open_dataset, pair_paths, run_main, write_classes, write_json,
-                      write_pair)
+from datasets import (DrawnDataset, begin, fingerprint, has_bf16, open_dataset, pair_paths, run_main,
+                      write_json, write_pair)
 from defect_gen import DefectGen
 from diffusion import rng
 from evaluate import TrainedRun, merged, print_table, spread
@@ -96,7 +96,7 @@ def make_pool(args, run, name, count, block):
         sample.paint_pairs(sample.parse_args([*seeds, *photos]))
     else:
         painter = sample.Painter(sample.parse_args([*seeds, *photos]), DefectGen.load(run))
-        write_classes(out, painter.generator.classes)
+        begin(out, painter.generator.classes, {"photos": args.photos, "split": args.split, "pool": name})
         for seed in range(first, first + count):
             if not pair_paths(out, f"{seed:06d}", name)[1].exists():
                 tries = (pasted_pair(painter, name, seed + sample.RETRY * n) for n in range(sample.TRIES))
@@ -115,12 +115,20 @@ class Bench(TrainedRun):
         super().__init__(evaluate.parse_args(given), flags.size)
         self.flags, self.run = flags, run
 
+    def others(self):
+        """Photos for "more real": those of --more; drawn ones that no split has."""
+        if not isinstance(self.train, DrawnDataset):
+            return self.open(self.flags.more)
+        dataset = DrawnDataset(self.train.product, self.train.coarse, range(100, 200))
+        dataset.size = self.size
+        return dataset
+
     @cache
     def pairs(self, name, block):
         """(images, masks) of a pool."""
         count = math.ceil(max(self.flags.ratios) * len(self.real[0]))
         if name == "more real":
-            other, mine = self.open(self.flags.more), {sample.name for sample in self.train.samples}
+            other, mine = self.others(), {sample.name for sample in self.train.samples}
             free = [i for i in other.defective() if other.samples[i].name not in mine]
             if not free:
                 raise ValueError(f"--more {self.flags.more}: {self.data} has no photo there but those "

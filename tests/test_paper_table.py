@@ -70,3 +70,11 @@ def test_more_photos_than_those_trained_on_are_asked_for(run, monkeypatch):
     monkeypatch.setattr("sys.argv", ["paper_table", "--run", str(run), "--pools", "more real", "--quick"])
     with pytest.raises(ValueError, match="--more train: .* no photo there but those trained on"):
         paper_table.main()
+
+
+def test_more_real_photos_of_a_drawn_product_are_in_no_split():
+    bench = paper_table.Bench.__new__(paper_table.Bench)
+    bench.train, bench.size = open_dataset("drawn:wood", split="train"), (16, 16)
+    other = bench.others()
+    assert not {s.name for s in other.samples} & {s.name for s in open_dataset("drawn:wood").samples}
+    assert other.size == (16, 16) and other.classes == bench.train.classes
