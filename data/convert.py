@@ -34,7 +34,7 @@ from PIL import Image, ImageOps
 KEPT = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}    # what datasets.py reads; others: PNG
 IMAGE_SUFFIXES = {end for end, name in Image.registered_extensions().items() if name in Image.OPEN}
 WORDS = {word: meaning for meaning, words in {              # what folders are called, in any case
-    "mask": "mask masks label labels gt ground_truth groundtruth annotation annotations anno seg "
+    "mask": "mask masks label labels lab gt ground_truth groundtruth annotation annotations anno ann seg "
             "segmentation segmentationclass",
     "photo": "image images img imgs photo photos jpegimages", "good": "good ok normal",
     "train": "train training", "val": "val valid validation", "test": "test testing test_public",
@@ -76,6 +76,8 @@ def demand(root, lacking, what, advice):
 
 
 def read_text(path):
+    if not path.is_file():
+        raise Wrong(f"{path}: no such file")
     with naming(path, "save it anew as UTF-8"):
         return path.read_text("utf-8-sig")                  # with or without a byte order mark
 
@@ -89,6 +91,8 @@ def read_json(path):
 def read_classes(root):
     """The names of a classes.json from value 1 on, [] where there is none."""
     table = read_json(root / "classes.json")
+    for path in sorted(root.rglob("_classes.csv"))[:1] * (not table):      # Roboflow's: value, class
+        table = dict(re.findall(r"(?m)^(\d+), *(.*?)\s*$", read_text(path)))
     with naming(root / "classes.json", 'write {"0": "background", "1": "crack", ...}'):
         names = table if isinstance(table, list) else [table[str(number)] for number in range(len(table))]
         names = [name.strip() for name in names]
@@ -366,12 +370,19 @@ def upright(mask, photo):
 
 # --- pairing: what the names of folders and files say ---
 
+def words_of(folder):
+    """train_img says two things, img_dir one; black_dirt is a name."""
+    words = re.sub("(?i)[_-]dir$", "", folder).replace("-", "_").split("_")
+    return words if all(word.lower() in WORDS for word in words) else [folder]
+
+
 def locate(name):
     """The Place of images/train/crack/1.png, train/images/crack/1.png, ...
 
     kind: the folders that have no other meaning, each after a slash; role: "photo", "mask" or "".
     """
     *folders, file = name.split("/")
+    folders = [word for folder in folders for word in words_of(folder)]
     meanings = [WORDS.get(folder.lower().rstrip("0123456789"), "") for folder in folders]   # also train2017
     split = next((word for word in reversed(meanings) if word in ("train", "val", "test")), "")
     role = next((word for word in reversed(meanings) if word in ("mask", "photo")), "")
@@ -505,7 +516,8 @@ def find(folder, depth=3):
         if marks and all(any(folder.glob(mark)) for mark in marks):
             return [(folder, name)]
     _, masks, shapes = gather(folder)
-    if any(WORDS.get(name.split("/")[0].lower()) or name.count("/") < 2 for name in [*masks, *shapes]):
+    if any(words_of(name.split("/")[0])[0].lower() in WORDS or name.count("/") < 2
+           for name in [*masks, *shapes]):
         return [(folder, "folders")]                        # ring/masks/1.png is a label of the folder ring
     below = sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != "." and depth)
     return [found for child in below for found in find(child, depth - 1)]

@@ -22,6 +22,15 @@ MADE = {
     "kolektor2": (["defect"], {"train": ["10000"], "test": ["20000"]}, [
         ("10000", "train/10000.png", "train/10000_GT.png", 1, 255),
         ("20000", "test/20000.png", "test/20000_GT.png", 0, 0)]),
+    "mmsegmentation": (["class_1", "class_2"], {"train": ["0"], "val": ["1"], "test": ["1"]}, [
+        ("0", "img_dir/train/0.jpg", "ann_dir/train/0.png", 1, 1),
+        ("1", "img_dir/val/1.jpg", "ann_dir/val/1.png", 2, 2)]),
+    "deepcrack": (["defect"], {"train": ["0"], "test": ["1"]}, [
+        ("0", "train_img/0.jpg", "train_lab/0.png", 1, 255),
+        ("1", "test_img/1.jpg", "test_lab/1.png", 1, 255)]),
+    "roboflow": (["crack", "dirt"], {"train": ["0.rf.a"], "val": ["1.rf.b"], "test": ["1.rf.b"]}, [
+        ("0.rf.a", "train/0.rf.a.jpg", "train/0.rf.a_mask.png", 1, 1),
+        ("1.rf.b", "valid/1.rf.b.jpg", "valid/1.rf.b_mask.png", 2, 2)]),
     "visa": (["class_1", "class_2"], {}, [
         ("anomaly/000", "Data/Images/Anomaly/000.JPG", "Data/Masks/Anomaly/000.png", 1, 1),
         ("anomaly/001", "Data/Images/Anomaly/001.JPG", "Data/Masks/Anomaly/001.png", 2, 2),
@@ -77,6 +86,8 @@ def make(layout, root):
         save(root / "Mask_images/0044_019_04_mask2.png", blot(5, 255))
         pairs["fuzzyball/0044_019_04"][1][blot(5) > 0] = 2
         save(root / "Defect_images/0100_025_08.png", blot(0))
+    if layout == "roboflow":
+        (root / "train/_classes.csv").write_text("Pixel Value, Class\n0, background\n1, crack\n2, dirt\n")
     if layout == "ds-mvtec":
         texts = ["Path", "object description", "defect description",
                  "wood/hole/03643_00111_002.png", "A &lt;b&gt;.", "B."]
