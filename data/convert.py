@@ -308,8 +308,8 @@ def read_legends(root, labels, kinds, ask):
     sure = cut > 1 and all(label.place.role == "mask" and label.place.kind for label in labels)
     known = cut > 1 and {*folders} <= {*names}
     if len(folders) > 1 and not sure and not known and not ask.classes:
-        demand(root, folders, "folders of black and white masks",
-               "pass --classes folder if the folder is the class, --classes one if all are of one class")
+        demand(root, folders, "folders or endings of black and white masks",
+               "pass --classes folder if they are the classes, --classes one if all are of one class")
     if ask.classes == "one" or len(folders) < 2 and not sure and not ask.classes:
         demand(root, names[1:], "more classes in classes.json than masks show", "name one")
         names, folders = names or ["defect"], []
@@ -415,18 +415,29 @@ def gather(root, paths=()):
 def match(root, photos, labels):
     """{name of a photo: its Labels} of photos {name: Place}: by names, never by position.
 
-    The label of 007 is 007, 007 and words for masks, or 007 and the end that most labels have in common. Of
-    several 007 it is the one in folders of the same names.
+    The label of 007 is 007, 007 and words for masks, 007 and the end that most labels have in common, or 007
+    and one of several ends, which are classes. Of several 007 it is the one in folders of the same names.
     """
     partner, stems, lonely = {name: [] for name in photos}, {}, []
     for name, place in photos.items():
         stems.setdefault(place.stem, []).append(name)
-    ends = Counter(label.place.stem[cut:] for label in labels for cut in range(1, len(label.place.stem) + 1)
-                   if label.place.stem[:cut] in stems and not re.search("[0-9]", label.place.stem[cut:]))
-    common = max(ends, key=lambda end: (ends[end], -len(end)), default="")
+
+    def end_of(stem):
+        cuts = [cut for cut in range(1, len(stem)) if stem[:cut] in stems]
+        return re.sub(".*[0-9].*", "", stem[max(cuts):]) if cuts else ""
+
+    ends = Counter(filter(None, (end_of(label.place.stem) for label in labels)))
+    classes = [end for end in ends if not MASK_END.fullmatch(end)]
+    common = max(ends, key=lambda end: (ends[end], -len(end)), default="") if len(classes) < 2 else ""
     SAID[f"labels are named <photo>{common}"] = ends[common] if common else 0
     for label in labels:
-        split, kind, _, stem = label.place
+        split, kind, _, stem = place = label.place
+        if all(kind != photo.kind for photo in photos.values()) and kind.rpartition("/")[2] in stems:
+            kind, _, stem = kind.rpartition("/")            # MVTec LOCO's 007/000.png, 007/001.png
+            label = label._replace(place=place._replace(kind=kind))
+        elif len(classes) > 1 and not kind and end_of(stem) in classes:         # 007_crack.png, 007_dirt.png
+            label = label._replace(place=place._replace(kind="/" + end_of(stem).strip(" _.-")))
+            stem = stem.removesuffix(end_of(stem))
         ways = (stem, MASK_END.sub("", stem), stem.removesuffix(common))
         near = [name for name in next((stems[way] for way in ways if way in stems), [])
                 if photos[name].split in ("", split) or not split

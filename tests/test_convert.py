@@ -387,6 +387,19 @@ def test_black_and_white_masks_by_folder(tmp_path, capsys):
     same(masks_of(tmp_path / "beside", tmp_path / "out4", classes="one")[0], {"k1/a": A, "k2/a": A})
 
 
+@pytest.mark.parametrize("files, classes", [
+    (["images/0.jpg", "masks/0_crack.png", "masks/0_dirt.png"], ["crack", "dirt"]),
+    (["test/logical/0.png", "ground_truth/logical/0/000.png", "ground_truth/logical/0/001.png"], ["logical"]),
+])
+def test_several_masks_of_a_photo_by_the_ends_of_their_names_or_in_a_folder(files, classes, tmp_path):
+    for n, file in enumerate(files):
+        save(tmp_path / "in" / file, blot(n, 255))
+    convert.convert(tmp_path / "in", tmp_path / "out", classes="folder")
+    data = open_dataset(tmp_path / "out")
+    expected = np.maximum(blot(1), blot(2, len(classes)))
+    assert data.classes[1:] == tuple(classes) and np.array_equal(data.read_mask(0), expected)
+
+
 def test_what_cannot_be_known_is_asked_for(tmp_path, wrong):
     tree(tmp_path / "in", {"images/a.png": GREY, "masks/a.png": 255 * (1 - A)})
     wrong("9.% of the masks is white; pass --inverted .* --no-inverted")
@@ -459,7 +472,7 @@ def test_kinds_of_the_same_names_as_classes_are_asked_about(tmp_path, wrong):
     for kind, mask in (("crack", A), ("dirt", 1 * (B > 0))):
         tree(tmp_path / "in", {f"images/{kind}/{kind}.png": GREY, f"masks/{kind}/{kind}.png": mask})
     tree(tmp_path / "in", {"classes.json": '["background", "crack", "dirt"]'})
-    wrong("2 folders of black and white masks: crack, dirt; pass --classes folder")     # 0 and 1: of which?
+    wrong("2 folders or endings of black and white masks: crack, dirt; pass --classes f")      # 0 and 1: of which?
     same(masks_of(tmp_path / "in", tmp_path / "1", classes="folder")[0],
          {"crack/crack": A, "dirt/dirt": 2 * (B > 0)})
     tree(tmp_path / "in", {"classes.json": '["crack", "dirt"]'})
