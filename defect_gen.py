@@ -15,6 +15,7 @@ Image and mask are denoised together, as the channels of one picture; see Joint.
 """
 import argparse
 import math
+from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +32,7 @@ NUM_STEPS = 40      # of sampling: 97 % of the defects that 1 % of photos have s
 NOISE_SCALE = 1.02  # of small after a plan: its pictures have too little grain without, see docs/results.md
 SWITCH_T = 400      # the released script's value; the paper's own u is reported ambiguously (50 in one place)
 IMAGE_STD = 0.7     # of the standardised image channels, close to that of masks, whose values are -1 and 1
+Known = namedtuple("Known", "x_start where")        # of a joint: what it is where `where` (bool) is true
 TILE = 512          # px; a small network that sees patches goes over larger pictures piece by piece
 
 
@@ -46,13 +48,17 @@ def switched(large, small, switch_t):
     return denoise
 
 
-def with_known(denoise, x_start, known):
-    """A denoiser for a picture of which parts are known: x_start, where `known` (bool, same shape) is true.
+def with_known(denoise, known):
+    """A denoiser for a picture of which parts are known.
 
     It answers there with what they are, so a step leaves them at their noise level, and the network draws
     the rest to fit: RePaint (Lugmayr et al. 2022, eq. 8), said by x_0. Its resampling is sample()'s repeats.
+
+    known: a Known, or None where nothing is.
     """
-    return lambda x_t, t: torch.where(known, x_start, denoise(x_t, t))
+    if known is None:
+        return denoise
+    return lambda x_t, t: torch.where(known.where, known.x_start, denoise(x_t, t))
 
 
 class Joint:
@@ -107,9 +113,10 @@ def enlarge(joint, size):
     return F.interpolate(joint, size=size, mode="bicubic", align_corners=False)
 
 
-def shrink(x_start, known, size):
+def shrink(known, size):
     """The known parts of a picture as those of its plan: means of its pixels, known where all of them are."""
-    return F.adaptive_avg_pool2d(x_start, size), F.adaptive_max_pool2d((~known).float(), size) == 0
+    return Known(F.adaptive_avg_pool2d(known.x_start, size),
+                 F.adaptive_max_pool2d((~known.where).float(), size) == 0)
 
 
 def sight(net):
@@ -276,7 +283,7 @@ class DefectGen:
         for image, mask, region, seed in zip(images, masks, regions, seeds):
             x_start = self.joint.encode(image[None].to(self.device), mask[None].to(self.device))
             drawn = torch.stack([region] * len(image) + [region & (not mask_given)] * len(self.classes))
-            known = x_start, ~drawn[None].to(self.device)
+            known = Known(x_start, ~drawn[None].to(self.device))
             joint = self.draw([seed], steps, "dpm++", SWITCH_T, self.size, known, repeats)
             new_image, new_mask = (part[0].cpu() for part in self.joint.decode(joint))
             painted.append((torch.where(region, new_image, image), torch.where(region, new_mask, mask)))
@@ -302,33 +309,40 @@ class DefectGen:
         return images, masks
 
     def draw(self, seeds, steps, sampler, switch_t, size, known=None, repeats=1, on_step=None):
-        """One batch of joints (B, C + K, *size): see sample(). known: (x_start, where), see with_known()."""
-        large, small = self.denoiser(self.large), self.denoiser(self.small)
+        """One batch of joints (B, C + K, *size): see sample(). known: see with_known()."""
+        large = self.denoiser(self.large)
+        along = partial(sample, alphas_cumprod=self.alphas_cumprod, method=sampler, limits=self.joint.limits,
+                        repeats=repeats, on_step=on_step)
         channels = self.config["channels"] + len(self.classes)
-
-        def run(denoise, x, steps, noise, known, noise_scale=1.0):
-            denoise = denoise if known is None else with_known(denoise, *known)
-            return sample(denoise, x, steps, self.alphas_cumprod, sampler, noise, self.joint.limits, on_step,
-                          repeats, noise_scale)
-
         if self.plan_size == self.size:                             # the paper: one trajectory
+            denoise = switched(large, self.denoiser(self.small), switch_t)
             noise = noise_for(seeds, (channels, *size), self.device)
-            return run(switched(large, small, switch_t), noise(), steps, noise, known)
+            return along(with_known(denoise, known), noise(), steps, noise=noise)
+
         multiple = 2 ** self.large.depth
         plan_size = [math.ceil(n * plan / own / multiple) * multiple
                      for n, plan, own in zip(size, self.plan_size, self.size)]
         noise = noise_for(seeds, (channels, *plan_size), self.device)
-        joint = enlarge(run(large, noise(), steps, noise, known and shrink(*known, plan_size)), size)
+        denoise = with_known(large, known and shrink(known, plan_size))
+        plan = enlarge(along(denoise, noise(), steps, noise=noise), size)
+        noise = noise_for([~seed for seed in seeds], plan.shape[1:], self.device)           # not the plan's
+        return self.detail(plan, [t for t in steps if t < switch_t], noise, known, along)
+
+    def detail(self, joint, steps, noise, known, along):
+        """An enlarged plan with its detail: noised again to where `small` begins, and ended by it.
+
+        Where parts are known, `small` goes over the box of the others, and what it sees around them, alone.
+        """
         box = [slice(None), slice(None)]
         if known is not None:
-            joint = torch.where(known[1], known[0], joint)
-            box = surroundings(~known[1][0].all(0), self.small)
-        below = [t for t in steps if t < switch_t]
-        if below:
-            noise = noise_for([~seed for seed in seeds], (channels, *size), self.device)    # not the plan's
-            x = q_sample(joint, below[0], noise(), self.alphas_cumprod)[..., *box]
-            known_in_box = known and [part[..., *box] for part in known]
-            joint[..., *box] = run(small, x, below, lambda: noise()[..., *box], known_in_box, NOISE_SCALE)
+            joint = torch.where(known.where, known.x_start, joint)
+            box = surroundings(~known.where[0].all(0), self.small)
+            known = Known(*(part[..., *box] for part in known))
+        if steps:
+            x = q_sample(joint, steps[0], noise(), self.alphas_cumprod)[..., *box]
+            denoise = with_known(self.denoiser(self.small), known)
+            joint[..., *box] = along(denoise, x, steps, noise=lambda: noise()[..., *box],
+                                     noise_scale=NOISE_SCALE)
         return joint
 
 

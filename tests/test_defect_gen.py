@@ -8,8 +8,8 @@ import torch
 import defect_gen
 from conftest import picture
 from datasets import open_dataset
-from defect_gen import (IMAGE_STD, NOISE_SCALE, NUM_STEPS, STAGES, DefectGen, Joint, checkpoints, enlarge,
-                        exact_denoiser, image_statistics, in_tiles, load_stage, switched, with_known)
+from defect_gen import (IMAGE_STD, NOISE_SCALE, NUM_STEPS, STAGES, DefectGen, Joint, Known, checkpoints,
+                        enlarge, exact_denoiser, image_statistics, in_tiles, load_stage, switched, with_known)
 from diffusion import logsnr, noise_for, q_sample, rng, sample, schedule, timesteps
 from unet import UNet, receptive_field
 
@@ -253,7 +253,7 @@ def test_an_exact_denoiser_draws_the_picture_that_is_known_in_part():
         known = torch.zeros(64, 3, 6, 6, dtype=torch.bool)
         known[part] = True
         noise = noise_for(range(64), (3, 6, 6))
-        denoise = with_known(exact, asked, known)
+        denoise = with_known(exact, Known(asked, known))
         drawn = sample(denoise, noise(), steps, table, "ddpm", noise, repeats=repeats)
         return ((drawn - asked).abs().amax((1, 2, 3)) < 0.1).double().mean()
     assert found((..., slice(4)), 1) == 1
