@@ -376,6 +376,7 @@ def mix(real: tuple, generated: tuple, ratio: float, seed: int = 0) -> tuple:
     index = torch.randperm(there, generator=torch.Generator().manual_seed(seed))[:count]
     groups = real, tuple(part[index] for part in generated)
     tables = [draw_table(masks) for _, masks in groups]
+    # chance of each image to be drawn from its group alone, times the group's size
     row = torch.cat([table.shape[1] * (table / table.sum(1, keepdim=True)).mean(0) for table in tables])
     return (*(torch.cat(parts) for parts in zip(*groups)), row[None])
 

@@ -174,7 +174,7 @@ class UNet(nn.Module):
             self.middle.append(Block(c, c, hidden, scale_shift, dropout, norm))
         self.up = nn.ModuleList()
         for level in reversed(range(len(widths))):
-            while len(skips) > level * (num_res_blocks + 1):
+            while len(skips) > level * (num_res_blocks + 1):    # one block for each skip of this level
                 self.up.append(block(c + skips.pop(), level))
                 c = widths[level]
             if level:
