@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.transforms.functional import rotate
 from tqdm import tqdm
 
 from datasets import (DefectDataset, Sample, as_tensor, begin, channels_of, defects, find_objects,
@@ -210,28 +211,49 @@ def grown(region, by):
     return F.max_pool2d(region[None].float(), 2 * by + 1, 1, by)[0] > 0
 
 
-def moved(shape, centres, room, turns, generator):
-    """One defect, bool (H, W), turned, resized and laid at random; None where no place of 50 has room.
+def lay(shape, around, photo, centres, room, generator):
+    """(down, right): how to move a defect, bool (h, w), within a photo; None where no place of 50 has room.
 
-    Its middle comes to lie on `centres`, all of it on `room`, both bool (H, W). turns: by any angle, else by
-    10 degrees at most.
+    Its middle comes to lie on `centres`, all of it on `room`, both bool (H, W), where `photo` (C, H, W) looks
+    most as the defect's surroundings do: split teeth belong on teeth. around: its own photo (C, h, w), nan
+    where nothing is known. Without a photo to compare with, the first place that has room.
+    """
+    at, places, found = shape.nonzero(), centres.nonzero(), []
+    near = (grown(shape, max(2, min(room.shape) // 16)) & ~shape & ~around[0].isnan()).nonzero()
+    if not len(at) or not len(places):
+        return None
+    size, middle = torch.tensor(room.shape), (at.amin(0) + at.amax(0)) // 2
+    for i in torch.randint(len(places), (50,), generator=generator):
+        shift = places[i] - middle
+        if (at + shift < 0).any() or (at + shift >= size).any() or not room[(at + shift).unbind(1)].all():
+            continue
+        if photo is None:
+            return tuple(shift.tolist())
+        inside = near[((near + shift >= 0) & (near + shift < size)).all(1)]
+        difference = (photo[:, *(inside + shift).T] - around[:, *inside.T]).abs().mean(0)
+        unlike = difference.sum().item() + 128 * (len(near) - len(inside))      # outside: half of all levels
+        found.append((unlike, tuple(shift.tolist())))
+    return min(found)[1] if found else None
+
+
+def moved(shape, image, photo, centres, room, turns, generator):
+    """One defect, bool (H, W), turned, resized and laid into a photo, see lay(); None where it has no room.
+
+    image: the photo (C, H, W) that has it. turns: by any angle, else by 10 degrees at most.
     """
     angle, growth = (torch.rand(2, generator=generator) * 2 - 1).tolist()
-    rows, columns = (slice(at.min(), at.max() + 1) for at in shape.nonzero().T)
-    picture = Image.fromarray(shape[rows, columns].byte().numpy())
-    picture = picture.rotate(angle * (180 if turns else 10), expand=True)
-    picture = picture.resize([max(1, round(n * 2 ** (growth / 2))) for n in picture.size])
-    piece = torch.from_numpy(np.array(picture)) > 0
-    places = centres.nonzero()
-    if not len(places):
+    by = max(2, min(room.shape) // 16)
+    rows, columns = (slice(max(0, at.min() - by), at.max() + 1 + by) for at in shape.nonzero().T)
+    both = torch.cat([shape[None], image])[:, rows, columns].float()
+    both = rotate(both, angle * (180 if turns else 10), expand=True, fill=[-1.0])     # by nearest
+    both = F.interpolate(both[None], [max(1, round(n * 2 ** (growth / 2))) for n in both.shape[1:]])[0]
+    piece, around = both[0] > 0, both[1:].where(both[0] >= 0, math.nan)
+    shift = lay(piece, around, photo, centres, room, generator)
+    if shift is None:
         return None
-    for i in torch.randint(len(places), (50,), generator=generator):
-        top, left = (places[i] - torch.tensor(piece.shape) // 2).tolist()
-        mask = F.pad(piece, (left, room.shape[1] - left - piece.shape[1],
-                             top, room.shape[0] - top - piece.shape[0]))        # a part outside is cut off
-        if mask.sum() == piece.sum() > 0 and room[mask].all():
-            return mask
-    return None
+    mask = torch.zeros_like(room)
+    mask[(piece.nonzero() + torch.tensor(shift)).unbind(1)] = True
+    return mask
 
 
 class Wishes:
@@ -246,31 +268,34 @@ class Wishes:
         train = open_dataset(config["data"], generator.size, config["split"], config.get("object"))
         self.train = train.subset(train.defective()).tensors()
         names = [args.defect] if args.defect else generator.classes[1:]
-        shapes = {k: self.train[1] == k for k in map(generator.classes.index, names)}
-        self.shapes = {k: each[each.flatten(1).any(1)] for k, each in shapes.items() if each.any()}
+        found = {k: (self.train[1] == k).flatten(1).any(1) for k in map(generator.classes.index, names)}
+        self.donors = {k: (self.train[0][has], self.train[1][has] == k)         # photos, where they have it
+                       for k, has in found.items() if has.any()}
         files = {} if args.masks in MASKS else images_in(Path(args.masks))
         samples = [Sample(stem.removesuffix("_mask"), None, path) for (_, stem), path in files.items()]
         self.given = DefectDataset(args.masks, generator.classes, samples, channels=1)
         if not samples and args.masks not in MASKS:
             raise ValueError(f"--masks {args.masks}: expected {', '.join(MASKS)} or a folder of index masks")
-        if not self.shapes and args.masks == "training":
+        if not self.donors and args.masks == "training":
             raise ValueError(f"--defect {args.defect}: no mask that {args.run} was trained on has it")
         self.room = grown(defects(self.train[1]).any(0), min(generator.size) // 16)
         if args.where:
             where = to_mode(open_picture(args.where), 1).resize(generator.size[::-1])
             self.room = as_tensor(where)[0] >= 128
 
-    def mask(self, name, native, labelled, turn, seed):
+    def mask(self, name, native, photo, labelled, turn, seed):
         """(mask uint8 (H, W) of the run's size or None where it has no room, its source) for one photo.
 
-        name, native: of the photo, its size; labelled: bool (H, W), the defects it has; turn: whose it is.
+        name, native: of the photo, its size; photo: uint8 (C, H, W), None if it is to be drawn too; labelled:
+        bool (H, W), the defects it has; turn: whose it is.
         """
         random, room, size = rng(seed, PLACE), self.room & ~labelled, self.generator.size
         if self.args.masks == "training":
-            k = list(self.shapes)[turn % len(self.shapes)]
-            centres = room if self.args.where else room & self.shapes[k].any(0)
-            shape = self.shapes[k][torch.randint(len(self.shapes[k]), (), generator=random)]
-            mask = moved(shape, centres, room, "turn" in self.generator.config["augment"], random)
+            k = list(self.donors)[turn % len(self.donors)]
+            images, shapes = self.donors[k]
+            centres = room if self.args.where else room & shapes.any(0)
+            i, turns = torch.randint(len(shapes), (), generator=random), self.generator.config["augment"]
+            mask = moved(shapes[i], images[i], photo, centres, room, "turn" in turns, random)
             return None if mask is None else mask.byte() * k, "training"
         if self.args.masks == "generated":
             alone = 0 if self.generator.plan_size != self.generator.size else SWITCH_T
@@ -349,7 +374,8 @@ class Painter:
         name, photo, labels = self.read(seed, n)
         _, before, old = self.read(seed, n, self.generator.size)
         own = seed + RETRY * n
-        mask, source = self.wishes.mask(name, tuple(labels.shape), old > 0, seed, own)
+        photo_seen = before if self.photos else None
+        mask, source = self.wishes.mask(name, tuple(labels.shape), photo_seen, old > 0, seed, own)
         if mask is None:
             return "no room"
         after, region = self.paint(before, old, mask, own)

@@ -20,34 +20,23 @@ from datasets import overlay, run_main, sheet, write_image, write_json
 from defect_gen import DefectGen
 from diffusion import rng
 from evaluate import INSPECTOR, TrainedRun, mask_fit, print_table, spread
-from sample import RETRY, TRIES, Painter, grown, parse_args, steps_across
+from sample import RETRY, TRIES, Painter, grown, lay, parse_args, steps_across
 from segment import predict
 
 VARIETY = 10            # seeds of one region
 
 
-def paste(photo, image, shape, centres, room, generator):
-    """Copy a defect, bool (H, W), from a training image to a random place of a photo: (image, mask) or None.
+def paste(photo, image, shape, centres, room, generator, anywhere=False):
+    """Copy a defect, bool (H, W), from a training image into a photo: (image, mask), or None without room.
 
-    Its border is feathered over 2 px outside the mask. Its middle lies on `centres`, all of it on `room`.
+    Its border is feathered over 2 px outside the mask. For its place see sample.lay; anywhere: the first one.
     """
-    places, at = centres.nonzero(), shape.nonzero()
-    middle = (at.amin(0) + at.amax(0)) // 2
-    for i in torch.randint(max(1, len(places)), (50 if len(places) else 0,), generator=generator):
-        down, right = (places[i] - middle).tolist()
-        moved = at + torch.tensor([down, right])
-        if (moved < 0).any() or (moved >= torch.tensor(room.shape)).any() or not room[tuple(moved.T)].all():
-            continue
-        alpha = F.avg_pool2d(grown(shape, 1)[None].float(), 3, 1, 1)[0].maximum(shape.float())
-        source, alpha = (part.roll((down, right), (-2, -1)) for part in (image.float(), alpha))
-        mask = shape.roll((down, right), (0, 1))
-        return (alpha * source + (1 - alpha) * photo).round().byte(), mask
-    return None
-
-
-def donors(wishes, k):
-    """(images, shapes bool (N, H, W)) of the training photos that have class k."""
-    return wishes.train[0][(wishes.train[1] == k).flatten(1).any(1)], wishes.shapes[k]
+    shift = lay(shape, image.float(), None if anywhere else photo, centres, room, generator)
+    if shift is None:
+        return None
+    alpha = F.avg_pool2d(grown(shape, 1)[None].float(), 3, 1, 1)[0].maximum(shape.float())
+    source, alpha = (part.roll(shift, (-2, -1)) for part in (image.float(), alpha))
+    return (alpha * source + (1 - alpha) * photo).round().byte(), shape.roll(shift, (0, 1))
 
 
 def border(image, region):
@@ -62,11 +51,11 @@ def border(image, region):
 def sets_of(painter, turn, k, count, test):
     """{name: (images, masks)} of class k, whose turn it is: painted, pasted into the same photos, real."""
     wishes, size = painter.wishes, painter.generator.size
-    (images, shapes), painted, pasted = donors(wishes, k), [], []
+    (images, shapes), painted, pasted = wishes.donors[k], [], []
     for seed in range(count):
         for n in range(TRIES):
             own, (name, photo, old) = seed + RETRY * n, painter.read(seed, n, size)
-            wanted, _ = wishes.mask(name, size, old > 0, turn, own)
+            wanted, _ = wishes.mask(name, size, photo, old > 0, turn, own)
             if wanted is None:
                 continue
             painted.append((painter.paint(photo, old, wanted, own)[0], old + wanted))
@@ -100,7 +89,7 @@ def variety(painter, turn, k):
     size = painter.generator.size
     for i in range(len(painter.photos)):
         photo, old = painter.photos.read(i, size)
-        wanted, _ = painter.wishes.mask("", size, old > 0, turn, i)
+        wanted, _ = painter.wishes.mask("", size, photo, old > 0, turn, i)
         if wanted is not None:
             inside = (wanted > 0).expand(VARIETY, *size)
             images = painter.generator.paint(photo.expand(VARIETY, *photo.shape), inside.byte() * k, inside,
@@ -153,7 +142,7 @@ def main():
         print(f"judge {seed + 1} of {args.seeds} trained", flush=True)
     words = ["--run", args.run, "--photos", args.photos, *(["--split", args.split] if args.split else [])]
     painter, rows, numbers = Painter(parse_args(words), generator), [], {}
-    for turn, k in enumerate(painter.wishes.shapes):                # the classes with a training defect
+    for turn, k in enumerate(painter.wishes.donors):                # the classes with a training defect
         more, numbers[classes[k]] = measure_class(painter, turn, k, judges, args, held_out)
         rows += more
         table = {"caption": f"{args.run}, photos of {args.photos}; judges: {args.steps} steps", "rows": rows,

@@ -8,7 +8,7 @@ Segmenters are trained on the run's photos and as many pairs again of one pool, 
     real          the photos alone, augmented as in every pool (segment.random_view)
     more real     other photos of --more, or more drawn ones: the upper bound
     pasted        defects copied from the photos, pasted anywhere on the product with a feathered border
-    pasted where  likewise, where training defects of the class lie
+    pasted where  likewise, where training defects of the class lie and the photo looks as their surroundings
     foreign       a texture of the photos, enlarged, in blots of Perlin noise (any defect: one class)
     large         plans of the large stage, enlarged
     two-stage     what sample.py draws
@@ -38,7 +38,7 @@ from defect_gen import DefectGen
 from diffusion import rng
 from evaluate import TrainedRun, merged, print_table, spread
 from experiments import mask2former                                         # adds itself to segment.ARCHS
-from experiments.paint import donors, paste
+from experiments.paint import paste
 from inspect_rules import read_json
 from segment import ARCHS, confusion_matrix, draw_table, miou, mix, predict
 
@@ -70,17 +70,18 @@ def foreign(photo, texture, room, generator):
 def pasted_pair(painter, name, seed):
     """One pair of the pools that need no generator, or None where 50 places have no room."""
     wishes, size = painter.wishes, painter.generator.size
-    classes = list(wishes.shapes)
+    classes = list(wishes.donors)
     k, random = classes[seed % len(classes)], rng(seed, sample.PLACE)
     _, photo, old = painter.read(int(torch.randint(1 << 20, (), generator=random)), 0, size)
     room = wishes.room & (old == 0)
-    images, shapes = donors(wishes, k)
+    images, shapes = wishes.donors[k]
     donor = int(torch.randint(len(images), (), generator=random))
     if name == "foreign":
         image, mask = foreign(photo, images[donor], room, random)
         return image, old + mask.byte()                                     # some class: all are merged
-    centres = room & shapes.any(0) if name == "pasted where" else room
-    found = paste(photo, images[donor], shapes[donor], centres, room, random)
+    anywhere = name == "pasted"
+    centres = room if anywhere else room & shapes.any(0)
+    found = paste(photo, images[donor], shapes[donor], centres, room, random, anywhere)
     return found and (found[0], old + found[1].byte() * k)
 
 

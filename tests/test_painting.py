@@ -127,14 +127,30 @@ def test_a_judge_scores_the_fit_and_what_fits_badly_is_painted_again(painter, da
 
 def test_a_moved_defect_keeps_its_middle_on_the_centres_and_all_of_it_in_the_room():
     shape, centres, room = (torch.zeros(40, 50, dtype=torch.bool) for _ in range(3))
+    image = torch.zeros(3, 40, 50, dtype=torch.uint8)
     shape[3:9, 4:14], centres[20, 10:40], room[10:30] = True, True, True
     areas = []
     for seed in range(40):
-        mask = sample.moved(shape, centres, room, seed % 2 == 0, rng(seed))
+        mask = sample.moved(shape, image, None, centres, room, seed % 2 == 0, rng(seed))
         assert room[mask].all() and abs(mask.nonzero().double().mean(0)[0] - 20) <= 1
         areas.append(mask.sum().item() / shape.sum().item())
-    assert 0.4 < min(areas) < 0.75 < 1.35 < max(areas) < 2.5        # half to double the area
-    assert sample.moved(shape, centres, torch.zeros_like(room), True, rng(0)) is None
+    assert 0.35 < min(areas) < 0.75 < 1.35 < max(areas) < 2.5        # half to double the area
+    assert sample.moved(shape, image, image, centres, torch.zeros_like(room), True, rng(0)) is None
+
+
+def test_a_defect_is_laid_where_the_photo_looks_as_its_surroundings_do():
+    everywhere = torch.ones(48, 64, dtype=torch.bool)
+    image, photo = torch.zeros(1, 48, 64), torch.zeros(1, 48, 64)
+    image[:, :, 20:28], photo[:, :, 40:48] = 200, 200               # a track; the defect breaks it
+    shape = torch.zeros(48, 64, dtype=torch.bool)
+    shape[10:16, 20:28] = True
+    for seed in range(8):
+        down, right = sample.lay(shape, image, photo, everywhere, everywhere, rng(seed))
+        assert abs(right - 20) <= 4                                 # the nearest of 50 places
+        mask = sample.moved(shape, image, photo, everywhere, everywhere, False, rng(seed))
+        assert abs(mask.nonzero().double().mean(0)[1] - 43.5) <= 4
+    rights = {sample.lay(shape, image, None, everywhere, everywhere, rng(seed))[1] for seed in range(8)}
+    assert max(rights) - min(rights) > 20                           # without a photo: anywhere
 
 
 def test_a_seam_is_1_where_nothing_changed_and_more_where_the_border_shows():

@@ -44,7 +44,7 @@ def test_pasted_pairs_take_the_classes_in_turn_and_leave_the_photo_as_it_is_besi
             pair = paper_table.pasted_pair(painter, name, seed)
             if pair:
                 found |= set(pair[1].unique().tolist()) - {0}
-        assert found == set(painter.wishes.shapes)
+        assert found == set(painter.wishes.donors)
 
 
 def test_the_table_keeps_finished_cells_of_the_same_pixels(run, data, tmp_path, monkeypatch, capsys):
