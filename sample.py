@@ -259,8 +259,8 @@ def moved(shape, image, photo, centres, room, turns, generator):
 class Wishes:
     """Which defect goes where: --masks.
 
-    training: the pixels of one class in a training mask, moved; classes take turns. generated: what the large
-    stage draws. A folder: its index masks as they are, that of the photo's own name if there is one.
+    training: the pixels of one class in a training mask, moved to where the photo looks as around them;
+    classes take turns. generated: what the large stage draws. A folder: its index masks as they are, that of the photo's own name if there is one.
     """
 
     def __init__(self, args, generator):
