@@ -236,17 +236,20 @@ def lay(shape, around, photo, centres, room, generator):
     return min(found)[1] if found else None
 
 
-def moved(shape, image, photo, centres, room, turns, generator):
+def moved(shape, image, photo, centres, room, turns, areas, generator):
     """One defect, bool (H, W), turned, resized and laid into a photo, see lay(); None where it has no room.
 
-    image: the photo (C, H, W) that has it. turns: by any angle, else by 10 degrees at most.
+    image: the photo (C, H, W) that has it. turns: by any angle, else by 10 degrees at most. areas: of the
+    defects of its class, px: it becomes no smaller and no larger than they are.
     """
     angle, growth = (torch.rand(2, generator=generator) * 2 - 1).tolist()
+    least, most = (math.sqrt(area / shape.sum()) for area in areas.aminmax())
+    factor = min(max(2 ** (growth / 2), least), most)
     by = max(2, min(room.shape) // 16)
     rows, columns = (slice(max(0, at.min() - by), at.max() + 1 + by) for at in shape.nonzero().T)
     both = torch.cat([shape[None], image])[:, rows, columns].float()
     both = rotate(both, angle * (180 if turns else 10), expand=True, fill=[-1.0])     # by nearest
-    both = F.interpolate(both[None], [max(1, round(n * 2 ** (growth / 2))) for n in both.shape[1:]])[0]
+    both = F.interpolate(both[None], [max(1, round(n * factor)) for n in both.shape[1:]])[0]
     piece, around = both[0] > 0, both[1:].where(both[0] >= 0, math.nan)
     shift = lay(piece, around, photo, centres, room, generator)
     if shift is None:
@@ -260,7 +263,8 @@ class Wishes:
     """Which defect goes where: --masks.
 
     training: the pixels of one class in a training mask, moved to where the photo looks as around them;
-    classes take turns. generated: what the large stage draws. A folder: its index masks as they are, that of the photo's own name if there is one.
+    classes take turns. generated: what the large stage draws. A folder: its index masks as they are, that of
+    the photo's own name if there is one.
     """
 
     def __init__(self, args, generator):
@@ -295,7 +299,8 @@ class Wishes:
             images, shapes = self.donors[k]
             centres = room if self.args.where else room & shapes.any(0)
             i, turns = torch.randint(len(shapes), (), generator=random), self.generator.config["augment"]
-            mask = moved(shapes[i], images[i], photo, centres, room, "turn" in turns, random)
+            areas = shapes.flatten(1).sum(1)
+            mask = moved(shapes[i], images[i], photo, centres, room, "turn" in turns, areas, random)
             return None if mask is None else mask.byte() * k, "training"
         if self.args.masks == "generated":
             alone = 0 if self.generator.plan_size != self.generator.size else SWITCH_T

@@ -127,15 +127,15 @@ def test_a_judge_scores_the_fit_and_what_fits_badly_is_painted_again(painter, da
 
 def test_a_moved_defect_keeps_its_middle_on_the_centres_and_all_of_it_in_the_room():
     shape, centres, room = (torch.zeros(40, 50, dtype=torch.bool) for _ in range(3))
-    image = torch.zeros(3, 40, 50, dtype=torch.uint8)
+    image, any_size = torch.zeros(3, 40, 50, dtype=torch.uint8), torch.tensor([1, 2000])
     shape[3:9, 4:14], centres[20, 10:40], room[10:30] = True, True, True
     areas = []
     for seed in range(40):
-        mask = sample.moved(shape, image, None, centres, room, seed % 2 == 0, rng(seed))
+        mask = sample.moved(shape, image, None, centres, room, seed % 2 == 0, any_size, rng(seed))
         assert room[mask].all() and abs(mask.nonzero().double().mean(0)[0] - 20) <= 1
         areas.append(mask.sum().item() / shape.sum().item())
     assert 0.35 < min(areas) < 0.75 < 1.35 < max(areas) < 2.5        # half to double the area
-    assert sample.moved(shape, image, image, centres, torch.zeros_like(room), True, rng(0)) is None
+    assert sample.moved(shape, image, image, centres, torch.zeros_like(room), True, any_size, rng(0)) is None
 
 
 def test_a_defect_is_laid_where_the_photo_looks_as_its_surroundings_do():
@@ -147,8 +147,8 @@ def test_a_defect_is_laid_where_the_photo_looks_as_its_surroundings_do():
     for seed in range(8):
         down, right = sample.lay(shape, image, photo, everywhere, everywhere, rng(seed))
         assert abs(right - 20) <= 4                                 # the nearest of 50 places
-        mask = sample.moved(shape, image, photo, everywhere, everywhere, False, rng(seed))
-        assert abs(mask.nonzero().double().mean(0)[1] - 43.5) <= 4
+        mask = sample.moved(shape, image, photo, everywhere, everywhere, False, shape.sum()[None], rng(seed))
+        assert abs(mask.nonzero().double().mean(0)[1] - 43.5) <= 4 and abs(mask.sum() - shape.sum()) <= 12
     rights = {sample.lay(shape, image, None, everywhere, everywhere, rng(seed))[1] for seed in range(8)}
     assert max(rights) - min(rights) > 20                           # without a photo: anywhere
 
