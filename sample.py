@@ -299,8 +299,8 @@ class Wishes:
             images, shapes = self.donors[k]
             centres = room if self.args.where else room & shapes.any(0)
             i, turns = torch.randint(len(shapes), (), generator=random), self.generator.config["augment"]
-            areas = shapes.flatten(1).sum(1)
-            mask = moved(shapes[i], images[i], photo, centres, room, "turn" in turns, areas, random)
+            areas, on = shapes.flatten(1).sum(1), images[i] if photo is None else photo
+            mask = moved(shapes[i], images[i], on, centres, room, "turn" in turns, areas, random)
             return None if mask is None else mask.byte() * k, "training"
         if self.args.masks == "generated":
             alone = 0 if self.generator.plan_size != self.generator.size else SWITCH_T
@@ -369,10 +369,13 @@ class Painter:
 
     def paint(self, before, old, mask, seed):
         """(image, region) of a photo of the run's size with the mask `old`, to which a defect's is added."""
-        region = old == 0
+        region, how = old == 0, {}
         if self.photos:
             region &= grown(mask > 0, min(mask.shape) // 32)
-        return self.generator.paint(before[None], (old + mask)[None], region[None], [seed])[0][0], region
+        else:                           # there is nothing to agree with, and repeats wash whole pictures out
+            how = {"num_steps": NUM_STEPS, "repeats": 1}
+        image = self.generator.paint(before[None], (old + mask)[None], region[None], [seed], **how)[0][0]
+        return image, region
 
     def attempt(self, seed, n):
         """(photo, mask, record) of try n, native; or why there is none: "no room" or "low score"."""

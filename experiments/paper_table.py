@@ -12,6 +12,7 @@ Segmenters are trained on the run's photos and as many pairs again of one pool, 
     foreign       a texture of the photos, enlarged, in blots of Perlin noise (any defect: one class)
     large         plans of the large stage, enlarged
     two-stage     what sample.py draws
+    for masks     what sample.py --masks training draws: whole pictures, all classes alike
     painted       what sample.py --photos paints
     half          two-stage and pasted, half of each
     relabelled    two-stage, the masks redrawn by a segmenter of all photos, those scored on too: a bound that
@@ -42,8 +43,8 @@ from experiments.paint import paste
 from inspect_rules import read_json
 from segment import ARCHS, confusion_matrix, draw_table, miou, mix, predict
 
-POOLS = ("real", "more real", "pasted", "pasted where", "foreign", "large", "two-stage", "painted", "half",
-         "relabelled")
+POOLS = ("real", "more real", "pasted", "pasted where", "foreign", "large", "two-stage", "for masks",
+         "painted", "half", "relabelled")
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # by N, two-sided
 
 
@@ -93,8 +94,9 @@ def make_pool(args, run, name, count, block):
     photos = ["--photos", args.photos, "--split", args.split]
     if name in ("large", "two-stage"):
         sample.draw_pairs(sample.parse_args([*seeds, *(["--switch-t", "0"] if name == "large" else [])]))
-    elif name == "painted":
-        sample.paint_pairs(sample.parse_args([*seeds, *photos]))
+    elif name in ("for masks", "painted"):
+        into = photos if name == "painted" else ["--masks", "training"]
+        sample.paint_pairs(sample.parse_args([*seeds, *into]))
     else:
         painter = sample.Painter(sample.parse_args([*seeds, *photos]), DefectGen.load(run))
         begin(out, painter.generator.classes, {"photos": args.photos, "split": args.split, "pool": name})
