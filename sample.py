@@ -211,6 +211,11 @@ def grown(region, by):
     return F.max_pool2d(region[None].float(), 2 * by + 1, 1, by)[0] > 0
 
 
+def reach(size):
+    """How far around a defect its surroundings go, in px, on a photo of (H, W)."""
+    return max(2, min(size) // 16)
+
+
 def lay(shape, around, photo, centres, room, generator):
     """(down, right): how to move a defect, bool (h, w), within a photo; None where no place of 50 has room.
 
@@ -219,13 +224,14 @@ def lay(shape, around, photo, centres, room, generator):
     where nothing is known. Without a photo to compare with, the first place that has room.
     """
     at, places, found = shape.nonzero(), centres.nonzero(), []
-    near = (grown(shape, max(2, min(room.shape) // 16)) & ~shape & ~around[0].isnan()).nonzero()
+    near = (grown(shape, reach(room.shape)) & ~shape & ~around[0].isnan()).nonzero()
     if not len(at) or not len(places):
         return None
     size, middle = torch.tensor(room.shape), (at.amin(0) + at.amax(0)) // 2
     for i in torch.randint(len(places), (50,), generator=generator):
         shift = places[i] - middle
-        if (at + shift < 0).any() or (at + shift >= size).any() or not room[(at + shift).unbind(1)].all():
+        there = at + shift
+        if (there < 0).any() or (there >= size).any() or not room[there.unbind(1)].all():
             continue
         if photo is None:
             return tuple(shift.tolist())
@@ -245,7 +251,7 @@ def moved(shape, image, photo, centres, room, turns, areas, generator):
     angle, growth = (torch.rand(2, generator=generator) * 2 - 1).tolist()
     least, most = (math.sqrt(area / shape.sum()) for area in areas.aminmax())
     factor = min(max(2 ** (growth / 2), least), most)
-    by = max(2, min(room.shape) // 16)
+    by = reach(room.shape)
     rows, columns = (slice(max(0, at.min() - by), at.max() + 1 + by) for at in shape.nonzero().T)
     both = torch.cat([shape[None], image])[:, rows, columns].float()
     both = rotate(both, angle * (180 if turns else 10), expand=True, fill=[-1.0])     # by nearest

@@ -91,7 +91,7 @@ def read_json(path):
 def read_classes(root):
     """The names of a classes.json from value 1 on, [] where there is none."""
     table = read_json(root / "classes.json")
-    for path in sorted(root.rglob("_classes.csv"))[:1] * (not table):      # Roboflow's: value, class
+    for path in [] if table else sorted(root.rglob("_classes.csv"))[:1]:    # Roboflow's: value, class
         table = dict(re.findall(r"(?m)^(\d+), *(.*?)\s*$", read_text(path)))
     with naming(root / "classes.json", 'write {"0": "background", "1": "crack", ...}'):
         names = table if isinstance(table, list) else [table[str(number)] for number in range(len(table))]
@@ -426,18 +426,20 @@ def match(root, photos, labels):
         cuts = [cut for cut in range(1, len(stem)) if stem[:cut] in stems]
         return re.sub(".*[0-9].*", "", stem[max(cuts):]) if cuts else ""
 
-    ends = Counter(filter(None, (end_of(label.place.stem) for label in labels)))
+    ends, kinds = Counter(end_of(label.place.stem) for label in labels), {p.kind for p in photos.values()}
+    del ends[""]
     classes = [end for end in ends if not MASK_END.fullmatch(end)]
     common = max(ends, key=lambda end: (ends[end], -len(end)), default="") if len(classes) < 2 else ""
     SAID[f"labels are named <photo>{common}"] = ends[common] if common else 0
     for label in labels:
         split, kind, _, stem = place = label.place
-        if all(kind != photo.kind for photo in photos.values()) and kind.rpartition("/")[2] in stems:
+        end = end_of(stem)
+        if kind not in kinds and kind.rpartition("/")[2] in stems:
             kind, _, stem = kind.rpartition("/")            # MVTec LOCO's 007/000.png, 007/001.png
             label = label._replace(place=place._replace(kind=kind))
-        elif len(classes) > 1 and not kind and end_of(stem) in classes:         # 007_crack.png, 007_dirt.png
-            label = label._replace(place=place._replace(kind="/" + end_of(stem).strip(" _.-")))
-            stem = stem.removesuffix(end_of(stem))
+        elif len(classes) > 1 and not kind and end in classes:      # 007_crack.png, 007_dirt.png
+            label = label._replace(place=place._replace(kind="/" + end.strip(" _.-")))
+            stem = stem.removesuffix(end)
         ways = (stem, MASK_END.sub("", stem), stem.removesuffix(common))
         near = [name for name in next((stems[way] for way in ways if way in stems), [])
                 if photos[name].split in ("", split) or not split

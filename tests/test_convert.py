@@ -472,7 +472,8 @@ def test_kinds_of_the_same_names_as_classes_are_asked_about(tmp_path, wrong):
     for kind, mask in (("crack", A), ("dirt", 1 * (B > 0))):
         tree(tmp_path / "in", {f"images/{kind}/{kind}.png": GREY, f"masks/{kind}/{kind}.png": mask})
     tree(tmp_path / "in", {"classes.json": '["background", "crack", "dirt"]'})
-    wrong("2 folders or endings of black and white masks: crack, dirt; pass --cl")     # 0 and 1: of which?
+    # masks of 0 and 1: of which class is a 1?
+    wrong("2 folders or endings of black and white masks: crack, dirt; pass --classes folder")
     same(masks_of(tmp_path / "in", tmp_path / "1", classes="folder")[0],
          {"crack/crack": A, "dirt/dirt": 2 * (B > 0)})
     tree(tmp_path / "in", {"classes.json": '["crack", "dirt"]'})
