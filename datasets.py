@@ -260,7 +260,8 @@ class DrawnDataset(DefectDataset):
         return as_tensor(image), torch.from_numpy(original if self.coarse else exact)
 
     def read_mask(self, i):
-        return self.read(i)[1].numpy()
+        _, exact, original, _, _ = draw(self.product, 0, self.samples[i].image, lit=False)
+        return original if self.coarse else exact
 
 
 def open_dataset(spec, size=None, split=None, object=None):
@@ -333,7 +334,7 @@ def read_folder(photos, masks):
     splits, folders = read_splits(root / "split.json"), {}
     for sample in samples:
         folders.setdefault(SPLITS.get(sample.kind.split("/")[0].lower()), []).append(sample.name)
-    if photos.name != "test" and folders and None not in folders and not splits:    # no other folder
+    if photos.name != "test" and folders and None not in folders and not splits:    # all are splits
         samples = [sample._replace(kind=sample.kind.partition("/")[2]) for sample in samples]
         splits = {**folders, "test": folders.get("test") or folders.get("val", [])}
     return DefectDataset(name, classes, samples, channels_of(samples), splits, notes, problems)
@@ -598,7 +599,7 @@ def run_main(main):
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError:
-        sys.exit("error: the device's memory is full; lower --batch-size or --size")
+        sys.exit("error: the device's memory is full; --device cpu has more")
     except KeyboardInterrupt:
         sys.exit("interrupted")
 
@@ -641,7 +642,8 @@ def gaps(dataset, finer=1):
 def audit(dataset):
     """What a data set holds, a dict. "classes": for each, its area in native px on each image that has it."""
     def measure(i):
-        mask, sample = dataset.read(i)[1].numpy(), dataset.samples[i]
+        sample, drawn = dataset.samples[i], isinstance(dataset, DrawnDataset)
+        mask = dataset.read_mask(i) if drawn else dataset.read(i)[1].numpy()    # bad photos are found as well
         counts = np.bincount(mask[mask != IGNORE], minlength=len(dataset.classes))
         share = counts[1:].sum() / mask.size
         good = sample.kind in GOOD_KINDS

@@ -32,7 +32,7 @@ NUM_STEPS = 40      # of sampling: 97 % of the defects that 1 % of photos have s
 NOISE_SCALE = 1.02  # of small after a plan: its pictures have too little grain without, see docs/results.md
 SWITCH_T = 400      # the released script's value; the paper's own u is reported ambiguously (50 in one place)
 IMAGE_STD = 0.7     # of the standardised image channels, close to that of masks, whose values are -1 and 1
-Known = namedtuple("Known", "x_start where")        # of a joint: what it is where `where` (bool) is true
+Known = namedtuple("Known", "x_start where")        # two joints: x_0, and bool, true where it is known
 TILE = 512          # px; a small network that sees patches goes over larger pictures piece by piece
 
 
@@ -125,14 +125,14 @@ def sight(net):
 
 
 def in_sight(net, first, last):
-    """All rows, or columns, that a net sees which draws first .. last - 1: a slice, which may end outside."""
+    """The rows, or columns, that a net needs to draw first .. last - 1: a slice, which may end outside."""
     step, margin = 2 ** net.depth, math.ceil(min(sight(net), 1 << 30))
     return slice(max(0, first - margin) // step * step, math.ceil((last + margin) / step) * step)
 
 
-def surroundings(drawn, net):
-    """[rows, columns] that hold all that a net sees which draws where `drawn` (H, W) is true."""
-    return [in_sight(net, at.min().item(), at.max().item() + 1) for at in drawn.nonzero().T]
+def surroundings(free, net):
+    """[rows, columns] that hold all that a net sees which draws where `free`, bool (H, W), is true."""
+    return [in_sight(net, at.min().item(), at.max().item() + 1) for at in free.nonzero().T]
 
 
 def in_tiles(net, x_t, t):
@@ -282,8 +282,8 @@ class DefectGen:
         steps, painted = self.timesteps(num_steps, "logsnr", SWITCH_T), []
         for image, mask, region, seed in zip(images, masks, regions, seeds):
             x_start = self.joint.encode(image[None].to(self.device), mask[None].to(self.device))
-            drawn = torch.stack([region] * len(image) + [region & (not mask_given)] * len(self.classes))
-            known = Known(x_start, ~drawn[None].to(self.device))
+            free = torch.stack([region] * len(image) + [region & (not mask_given)] * len(self.classes))
+            known = Known(x_start, ~free[None].to(self.device))
             joint = self.draw([seed], steps, "dpm++", SWITCH_T, self.size, known, repeats)
             new_image, new_mask = (part[0].cpu() for part in self.joint.decode(joint))
             painted.append((torch.where(region, new_image, image), torch.where(region, new_mask, mask)))
@@ -295,7 +295,7 @@ class DefectGen:
 
         Args:
             seeds: list of ints.  num_steps: timesteps from noise to picture.
-            switch_t: `large` is asked at t >= switch_t, `small` below.
+            switch_t: `small` is asked below it, `large` above, or where it draws a plan, to the end.
             size: (H, W), that of training by default; the plan grows by the same factor.
             on_step: callback (t, x_t, pred_x_start).
         Returns: images uint8 (N, C, H, W), masks uint8 (N, H, W), on the CPU.
@@ -367,7 +367,7 @@ def main():
     add("--run", help="a run with both stages (default: an exact denoiser, which copies 30 drawn pills)")
     add("--seed", type=int, default=0, help="the picture's seed (default: %(default)s)")
     add("--num-steps", type=int, default=12, help="network calls (default: %(default)s)")
-    add("--switch-t", type=int, default=SWITCH_T, help="large owns t >= this (default: %(default)s)")
+    add("--switch-t", type=int, default=SWITCH_T, help="small draws at t < this (default: %(default)s)")
     add("--out", default="runs/trajectory.png", help="the picture to write (default: %(default)s)")
     add("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
     args = parser.parse_args()
@@ -396,7 +396,7 @@ def main():
     overlays = list(map(overlay, images, masks))
     rows = [("x_t", joint.decode(noisy)[0].cpu()), ("image", images), ("mask", overlays)]
     write_image(args.out, sheet(rows, titles, classes))
-    print(f"{len(seen)} steps, {sum(by_large)} of them by the large network; picture: {args.out}")
+    print(f"{len(seen)} steps, {sum(by_large)} of them above the switch; picture: {args.out}")
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def sample(denoise, x_T, timesteps, alphas_cumprod, method="dpm++", noise=None, 
 
     Args:
         denoise:   f(x_t, t) -> x_0, (B, C, H, W); t is a Python int.
-        x_T:       (B, C, H, W) float ~ N(0, I).
+        x_T:       (B, C, H, W) float, x_t at timesteps[0]: N(0, I) at T - 1.
         timesteps: ints, strictly decreasing, usually timesteps(T, num_steps); after the last one comes the
                    clean image.
         noise:     for ddpm and repeats: callable that returns the next (B, C, H, W) draw, see noise_for.

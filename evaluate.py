@@ -30,9 +30,9 @@ from inspect_rules import (STANDARDS, check_shape, judge, load_standard, read_js
                            wilson_interval)
 from segment import build, check_arch, confusion_matrix, draw_table, fit, load_backbone, miou, mix, predict
 
-COPY_BELOW = 0.5        # half as new as a real photo; 0 to 3 % of held-out drawn products lie below
-INSPECTOR = "deeplabv3+"        # the network of the inspection, and the judge of masks
-JUDGE_NEEDS = 8                 # images; a segmenter of fewer judges nothing
+COPY_BELOW = 0.5        # half as new as a real photo; 0 to 3 % of held-out photos of drawn:... lie below
+INSPECTOR = "deeplabv3+"        # the network of the inspection, and of mask fit
+INSPECTOR_NEEDS = 8             # images; of fewer it learns nothing
 
 
 # --- measures ---
@@ -179,7 +179,9 @@ class TrainedRun:
 
     def __init__(self, args, size=None):
         self.args, self.folder = args, Path(args.run)
-        self.config = config = [load_stage(self.folder / stage, stage)["config"] for stage in STAGES][-1]
+        trained = {stage: load_stage(self.folder / stage, stage) for stage in STAGES}
+        self.steps_trained = {stage: checkpoint["step"] for stage, checkpoint in trained.items()}
+        self.config = config = trained["small"]["config"]
         self.size, self.classes = tuple(size or config["size"]), tuple(config["classes"])
         self.device, self.data = pick_device(args.device), args.data or config["data"]
         self.train, self.test = self.open(config["split"]), self.open(args.split)
@@ -218,13 +220,15 @@ class Run(TrainedRun):
 
     def __init__(self, args):
         super().__init__(args)
-        if not (self.folder / "samples" / "classes.json").exists():
-            raise FileNotFoundError(f"{self.folder}/samples: no pairs; draw them: "
-                                    f"python sample.py --run {self.folder}")
-        self.generated = open_dataset(self.folder / "samples", self.size).tensors()
+        samples, self.wrong = self.folder / "samples", []
+        if not (samples / "config.json").exists():
+            raise FileNotFoundError(f"{samples}: no pairs; draw them: python sample.py --run {self.folder}")
+        self.generated = open_dataset(samples, self.size).tensors()
         empty = 100 * (~defects(self.generated[1]).flatten(1).any(1)).double().mean().item()
-        self.wrong = [f"{empty:.0f} % of the masks are empty: train longer, or draw with --min-area-px 1."]
-        self.wrong = self.wrong if empty > 50 else []
+        if empty > 50:
+            self.wrong.append(f"{empty:.0f} % of the masks are empty: draw with --min-area-px 1.")
+        if read_json(samples / "config.json")["steps_trained"] != self.steps_trained:
+            self.wrong.append(f"The pairs in {samples} are of other checkpoints: draw them again.")
 
     @cached_property
     def mixed(self):
@@ -310,12 +314,12 @@ def compare(run, training, sets, progress):
         apart = [i * len(others[0]) // count for i in range(count)]         # of every kind its share
         drawn = slice(part * count, (part + 1) * count)
         here = [pick(others, apart), *(pick(pairs, drawn) for pairs in sets.values())]
-        judged = len(reference[0]) >= JUDGE_NEEDS
-        if judged:
-            judge_masks = run.segmenter(INSPECTOR, reference, len(run.classes), part, steps)
+        enough = len(reference[0]) >= INSPECTOR_NEEDS
+        if enough:
+            see = run.segmenter(INSPECTOR, reference, len(run.classes), part, steps)
         for values, pairs in zip(numbers.values(), here):
-            values.append(measure(pairs, judge_masks(pairs[0]) if judged else None, training, reference))
-        progress(f"part {part + 1} of {parts}, masks judged by {INSPECTOR} after {steps} steps")
+            values.append(measure(pairs, see(pairs[0]) if enough else None, training, reference))
+        progress(f"part {part + 1} of {parts}, mask fit by {INSPECTOR} of {steps} steps")
     return numbers
 
 
@@ -346,7 +350,7 @@ def generation(run, progress):
                      f"photos have 1, a copy 0, and what is below {COPY_BELOW} counts as a copy. Defect "
                      "novelty: the same around the largest defect. Shape: distance of the outlines, real "
                      f"ones have 1. Mask fit: IoU with what {INSPECTOR} sees after {steps} steps on the "
-                     f"reference (if it has {JUDGE_NEEDS} images): the judge has seen no training image."]}
+                     f"reference (if it has {INSPECTOR_NEEDS} images); it has seen no training image."]}
 
 
 def faults(numbers):

@@ -554,7 +554,7 @@ def find_photo(path):
     for folder in path.parents:
         if folder.name in ("mask", "masks"):
             photos = folder.with_name(folder.name.replace("mask", "image")) / path.parent.relative_to(folder)
-            for suffix in (".png", ".jpg", ".jpeg", ".bmp", ".tif"):
+            for suffix in sorted(IMAGE_SUFFIXES):
                 if photo := read_photo(photos / (path.stem.removesuffix("_mask") + suffix)):
                     return photo
 

@@ -41,7 +41,7 @@ MASKS = "training", "generated"
 SCORES = "photo", "mask", "tries", "seam", "novelty", "fit"
 TRIES = 5               # for each painted pair: other photos, places and noise
 MAX_SEAM = 2.0          # what the border of a region may show, see seam()
-RETRY, PLACE = 1 << 20, 5                   # of seeds: between the tries of one pair; for the place
+RETRY, PLACE = 1 << 20, 5                   # between the seeds of a pair's tries; for its place
 DRAWING = "size", "num_steps", "sampler", "spacing", "switch_t", "batch_size", "min_area_px", "max_area_px"
 PAINTING = "split", "where", "judge", "min_fit"     # flags that are read in one of the two ways alone
 DRAWS = 50              # for each pair of --count at most, where only some are wanted
@@ -63,27 +63,27 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Draw image + mask pairs from a trained run.")
     add = parser.add_argument
     add("--run", default="runs/demo", help="folder with both stages (default: %(default)s)")
-    add("--count", type=int, default=64, help="how many pairs (default: %(default)s)")
+    add("--count", type=int, default=64, help="how many pairs, without --seeds (default: %(default)s)")
     add("--seeds", help="draw these seeds, like 0-63 or 1,5,10-20 (default: 0, 1, 2, ...)")
     add("--num-steps", type=int, default=NUM_STEPS, help="timesteps from noise to picture; with few, rare "
         "defects come too rarely (default: %(default)s)")
     add("--sampler", default="dpm++", choices=METHODS, help="default: %(default)s")
     add("--spacing", default="logsnr", choices=SPACINGS, help="default: %(default)s")
-    add("--switch-t", type=int, default=SWITCH_T, help="the large network owns t >= this; 0: large alone, "
-        "1000: small alone, for --t-range full (default: %(default)s)")
+    add("--switch-t", type=int, default=SWITCH_T, help="the small network draws at t < this; 0: none of it, "
+        "1000: all of it, for --t-range full (default: %(default)s)")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="larger shows more around (default: the run's)")
     add("--batch-size", type=int, help="pairs at a time (default: 16 of 256x256 px, fewer of larger ones)")
     add("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
     add("--out", help="data set to write (default: RUN/samples, or RUN/painted)")
     add("--defect", metavar="CLASS", help="keep only pairs whose mask has this class")
-    add("--min-area-px", type=int, default=0, help="keep only pairs with so many px of --defect, or of all")
+    add("--min-area-px", type=int, default=0, help="keep only pairs with at least so many px of defect")
     add("--max-area-px", type=int, help="keep only pairs with at most so many")
     add = parser.add_argument_group("painting one defect into each photo; of --defect if given").add_argument
     add("--photos", metavar="FOLDER", help="good photos, or a data set: then its photos without a defect, or "
         "all, whose defects stay labelled")
     add("--split", help="of --photos (default: all)")
-    add("--masks", metavar="FOLDER", help="training: defects trained on, moved (default); generated: by the "
-        "large stage; or index masks; without --photos whole pictures are drawn for them")
+    add("--masks", metavar="FOLDER", help="training: defects trained on, moved (default); generated: of "
+        "pairs drawn for it; or index masks; without --photos whole pictures are drawn for them")
     add("--where", metavar="PNG", help="defects lie where it is white (default: near those trained on)")
     add("--judge", metavar="FILE", help="segment.pt of segment.py: scores how far it sees the wanted mask")
     add("--min-fit", type=float, default=0.0, metavar="IOU", help="paint again what --judge scores lower")
@@ -95,6 +95,8 @@ def parse_args(argv=None):
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} is {'not ' * args.paint}for painting, which --photos and --masks ask "
                              "for: leave it away")
+    if args.min_fit and not args.judge:
+        raise ValueError("--min-fit is of the scores of --judge: name its segment.pt")
     if args.count < 1 or args.batch_size is not None and args.batch_size < 1:
         raise ValueError("--count and --batch-size must be at least 1")
     args.seeds = parse_seeds(args.seeds) if args.seeds else None
@@ -269,8 +271,8 @@ class Wishes:
     """Which defect goes where: --masks.
 
     training: the pixels of one class in a training mask, moved to where the photo looks as around them;
-    classes take turns. generated: what the large stage draws. A folder: its index masks as they are, that of
-    the photo's own name if there is one.
+    classes take turns. generated: those of pairs drawn for it, or of plans. A folder: its index masks, that
+    of the photo's own name if there is one. None may lie outside `room`.
     """
 
     def __init__(self, args, generator):
@@ -293,15 +295,15 @@ class Wishes:
             where = to_mode(open_picture(args.where), 1).resize(generator.size[::-1])
             self.room = as_tensor(where)[0] >= 128
 
-    def mask(self, name, native, photo, labelled, turn, seed):
+    def mask(self, name, native, photo, labelled, number, seed):
         """(mask uint8 (H, W) of the run's size or None where it has no room, its source) for one photo.
 
         name, native: of the photo, its size; photo: uint8 (C, H, W), None if it is to be drawn too; labelled:
-        bool (H, W), the defects it has; turn: whose it is.
+        bool (H, W), the defects it has; number: the pair's, by which classes and files take turns.
         """
         random, room, size = rng(seed, PLACE), self.room & ~labelled, self.generator.size
         if self.args.masks == "training":
-            k = list(self.donors)[turn % len(self.donors)]
+            k = list(self.donors)[number % len(self.donors)]
             images, shapes = self.donors[k]
             centres = room if self.args.where else room & shapes.any(0)
             i, turns = torch.randint(len(shapes), (), generator=random), self.generator.config["augment"]
@@ -309,19 +311,19 @@ class Wishes:
             mask = moved(shapes[i], images[i], on, centres, room, "turn" in turns, areas, random)
             return None if mask is None else mask.byte() * k, "training"
         if self.args.masks == "generated":
-            alone = 0 if self.generator.plan_size != self.generator.size else SWITCH_T
-            mask, source = self.generator.sample([seed], switch_t=alone)[1][0], "generated"
-            if self.args.defect:
-                mask *= mask == self.generator.classes.index(self.args.defect)
+            switch_t = 0 if self.generator.plan_size != self.generator.size else SWITCH_T     # 0: the plan
+            mask, source = self.generator.sample([seed], switch_t=switch_t)[1][0], "generated"
         else:
             names = [sample.name for sample in self.given.samples]
             stem = name.rpartition("/")[2]
-            i = names.index(stem) if stem in names else turn % len(names)
+            i = names.index(stem) if stem in names else number % len(names)
             mask, source = torch.from_numpy(self.given.read_mask(i)), str(self.given.samples[i].mask)
             if tuple(mask.shape) not in (size, native):
                 raise ValueError(f"{source} is {mask.shape[0]}x{mask.shape[1]}; expected "
                                  f"{native[0]}x{native[1]}, as the photo {name}, or {size[0]}x{size[1]}")
             mask = F.interpolate(mask[None, None], size, mode="nearest-exact")[0, 0]
+        if self.args.defect:
+            mask = mask * (mask == self.generator.classes.index(self.args.defect))
         return mask if mask.any() and room[mask > 0].all() else None, source
 
 
@@ -361,8 +363,8 @@ class Painter:
         if classes not in (None, generator.classes):
             raise ValueError(f"--judge {args.judge} knows {', '.join(classes)}, but {args.run} draws "
                              f"{', '.join(generator.classes)}")
-        self.known = defect_crops(*self.wishes.train, self.side)    # novelty is in units of their distances
-        among = distances(self.known, self.known, halved).fill_diagonal_(math.inf)
+        self.crops = defect_crops(*self.wishes.train, self.side)    # novelty is in units of their distances
+        among = distances(self.crops, self.crops, halved).fill_diagonal_(math.inf)
         self.unit = among.amin(1).median().nan_to_num(posinf=math.nan)      # nan: there is but one
 
     def read(self, seed, n, size=None):
@@ -384,7 +386,7 @@ class Painter:
         return image, region
 
     def attempt(self, seed, n):
-        """(photo, mask, record) of try n, native; or why there is none: "no room" or "low score"."""
+        """(photo, mask, record) of try n, native; or why there is none, in two words."""
         name, photo, labels = self.read(seed, n)
         _, before, old = self.read(seed, n, self.generator.size)
         own = seed + RETRY * n
@@ -395,7 +397,7 @@ class Painter:
         after, region = self.paint(before, old, mask, own)
         crop = defect_crops(after[None], mask[None], self.side)
         record = {"photo": name, "mask": source, "seed": own, "tries": n + 1,
-                  "novelty": (distances(crop, self.known, halved).min() / self.unit).item()}
+                  "novelty": (distances(crop, self.crops, halved).min() / self.unit).item()}
         if self.photos:
             record["seam"] = seam(after, before, region)
         if self.judge:
@@ -403,8 +405,8 @@ class Painter:
         if record.get("seam", 0) > MAX_SEAM or record.get("fit", 1) < self.min_fit:
             return "low score"
         wide = F.interpolate(mask[None, None], tuple(labels.shape), mode="nearest-exact")[0, 0]
-        if not wide.any():                                          # finer than a pixel of a small photo
-            return "no room"
+        if not wide.any():
+            return "below a pixel"
         at = wide.nonzero()
         record["box"] = [*at.amin(0).tolist(), *(at.amax(0) - at.amin(0) + 1).tolist()]
         return put_back(photo, before, after, region), torch.where(wide > 0, wide, labels), record

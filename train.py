@@ -36,21 +36,21 @@ from diffusion import (TARGETS, WEIGHTINGS, q_sample, rng, sample, schedule, tim
 from unet import LARGE, SMALL, UNet, check_size, count_parameters, field_in_words, receptive_field
 
 TINY = dict(size=(64, 64), steps=1800, batch_size=4, lr=1e-3, weight_decay=0.0, ema=0.998,
-            warmup=50, save_every=500, target="v", weighting="min-snr", soft_masks=False, t_range="own")
+            warmup=50, save_every=500, target="v", weighting="uniform", soft_masks=False, t_range="own")
 LAPTOP = dict(TINY, steps=4000, ema=0.999, save_every=2000)
 PAPER = dict(size=(256, 256), steps=160_000, batch_size=2, lr=1e-4, weight_decay=0.002, ema=0.9999, warmup=0,
              save_every=10_000, target="x0", weighting="uniform", soft_masks=False, t_range="full")
-PLAN = dict(soft_masks=True, t_range="full")                    # of a large stage smaller than the small one
+PLAN = dict(weighting="min-snr", soft_masks=True, t_range="full")       # a large stage in a smaller picture
 WHOLE = dict(channels=32, multipliers=(1, 1, 2, 4), num_res_blocks=1, attention_levels=(3,))
 PATCHES = dict(channels=32, multipliers=(1, 2), num_res_blocks=1, attention_levels=(), middle=False,
                norm="local")
 PRESETS = {
     # 64x64 on two CPU cores in minutes, after a plan of 32x32: demo, tests, teaching
-    "tiny": dict(large=dict(TINY, **PLAN, size=(32, 32), steps=2000, batch_size=8, network=WHOLE),
-                 small=dict(TINY, weighting="uniform", network=PATCHES)),
+    "tiny": dict(large=dict({**TINY, **PLAN}, size=(32, 32), steps=2000, batch_size=8, network=WHOLE),
+                 small=dict(TINY, network=PATCHES)),
     # 256x256 on two CPU cores in an hour or two: a plan of 64x64, then crops of the photos
-    "laptop": dict(large=dict(LAPTOP, **PLAN, steps=2000, network=WHOLE),
-                   small=dict(LAPTOP, weighting="uniform", size=(256, 256), crop=96,
+    "laptop": dict(large=dict({**LAPTOP, **PLAN}, size=(64, 64), steps=2000, network=WHOLE),
+                   small=dict(LAPTOP, size=(256, 256), crop=96,
                               network=dict(PATCHES, num_res_blocks=2))),
     # the released configuration (its yaml files)
     "paper": dict(large=dict(PAPER, network=LARGE), small=dict(PAPER, network=SMALL)),
@@ -61,7 +61,7 @@ MEMORY_LIMIT = 4 << 30          # bytes; data up to this size are decoded once a
 ORDER, NOISE, PREVIEW, VIEW = 1, 2, 3, 4        # what random numbers are for; see diffusion.rng
 LOG_EVERY = 10                  # steps between readings of the loss: each one waits for the device
 QUARTERS = ["loss_q1", "loss_q2", "loss_q3", "loss_q4"]         # loss by quarter of [0, T)
-COLUMNS = ["step", "loss", *QUARTERS, "lr", "images_per_s", "grad_norm"]     # grad_norm: before clipping to 1
+COLUMNS = ["step", "loss", *QUARTERS, "lr", "images_per_s", "grad_norm"]     # before --weighting and clipping
 FREE = {"steps", "lr", "save_every", "keep", "device", "bf16", "out", "data", "object", "accumulate",
         "resume"}                                   # settings that a resumed run may change
 
@@ -217,8 +217,8 @@ def prepare(args, processes):
     network["multipliers"] = (widths + widths[-1:] * depth)[:depth + 1]         # the last, as often as needed
     if args.stage == "large" and depth < min(network["attention_levels"]):
         print(f"warning: at --depth {depth} the large network has no attention and sees patches")
-    if args.stage == "large" and args.crop:
-        raise ValueError("--crop is for the small stage: the large one is to see the whole product")
+    if args.crop and (args.stage == "large" or args.soft_masks):
+        raise ValueError("--crop is for a small stage without --soft-masks: a plan is of the whole product")
     check_size(*args.size, depth)
     if args.crop and (args.crop < 0 or args.crop % 2 ** depth):
         raise ValueError(f"--crop {args.crop}: the net halves it {depth} times, use multiples of {2**depth}")

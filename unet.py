@@ -168,7 +168,7 @@ class UNet(nn.Module):
             if level < self.depth:
                 skips.append(c)
                 self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
-        self.middle = nn.ModuleList([block(c, self.depth)])     # alone it goes up, and takes no skip
+        self.middle = nn.ModuleList([block(c, self.depth)])     # without `middle`: goes up, takes no skip
         if middle:
             skips.append(c)
             self.middle.append(Block(c, c, hidden, scale_shift, dropout, norm))

@@ -201,12 +201,13 @@ def drawn_kind(name, index):
     return DRAWN[name].kinds[index % len(DRAWN[name].kinds)]
 
 
-def draw(name, seed, index, size=None):
+def draw(name, seed, index, size=None, lit=True):
     """Draw picture `index` of a product; a pure function of its arguments.
 
     Args:
         name: "pill" | "zipper" | "wood".   seed: of the data set, >= 0.   index: >= 0; it decides the kind.
         size: (H, W) in px, None = native. Not square = squashed, as a photo is when resized.
+        lit:  False leaves the light away, half of the work: image is None.
     Returns: image (H, W, 3) uint8, mask (H, W) uint8 class index, original (H, W) uint8 0/1, kind, caption.
     """
     if name not in DRAWN:
@@ -226,8 +227,9 @@ def draw(name, seed, index, size=None):
         if (name, c) in LOOKS:
             _defect(rng, picture, product.room, LOOKS[name, c], product.classes.index(c))
     middle = np.s_[k // 2::k, k // 2::k]
-    return (picture.develop(rng, k), picture.mask[middle].copy(), picture.original()[middle].copy(), kind,
-            picture.caption(product.noun))
+    image = picture.develop(rng, k) if lit else None
+    masks = picture.mask[middle].copy(), picture.original()[middle].copy()
+    return image, *masks, kind, picture.caption(product.noun)
 
 
 def _defect(rng, picture, room, look, index):
