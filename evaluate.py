@@ -521,7 +521,13 @@ def html_table(table):
             f"<div class=wide tabindex=0><table>{''.join(lines)}</table></div>")
 
 
-def write_report(folder, metrics):
+LEAD = ("One run from {images} photos, {large} steps of the large and {small} of the small stage. Here is "
+        "how its pairs look, what they copy and whether masks fit, but not what longer training draws. "
+        "Whether pairs help, or exact masks judge better, takes segmenters that have learned and more than "
+        "one run: experiments/paper_table.py and experiments/line.py, a night.")
+
+
+def write_report(folder, metrics, lead):
     """folder/report.html: tables, text, pictures and settings of every experiment, in one file."""
     title = html.escape(f"Defect-Gen: {folder}")
     parts = ["<!doctype html><html lang=en><head><meta charset=utf-8>",
@@ -529,6 +535,8 @@ def write_report(folder, metrics):
              f"<title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>"]
     wrong = [sentence for result in metrics.values() for sentence in result.get("wrong", ())]
     parts += [f"<p class=wrong>{html.escape(sentence)}</p>" for sentence in dict.fromkeys(wrong)]
+    missing = " and ".join(name for name in EXPERIMENTS if name not in metrics)
+    parts.append(f"<p>{html.escape(lead + f' Not run: {missing}.' * bool(missing))}</p>")
     for result in metrics.values():
         parts.append(f"<h2>{html.escape(result['title'])}</h2>")
         parts += [html_table(table) for table in result["tables"]]
@@ -602,7 +610,7 @@ def evaluate(args):
         if args.quick:
             result["text"].insert(0, "A run-through of --quick: the numbers mean nothing.")
         write_json(path, metrics)
-        write_report(run.folder, metrics)
+        write_report(run.folder, metrics, LEAD.format(**run.steps_trained, images=len(run.config["images"])))
         for table in result["tables"]:
             print_table(table)
         print(*result["text"], *result["wrong"], sep="\n")

@@ -337,9 +337,10 @@ def test_the_report_begins_with_what_is_wrong(tmp_path):
     wrong = evaluate.faults({"other real images": [fine], "generated": [bad, bad]})
     assert [text[:24] for text in wrong] == ["Masks fit their pictures"]
     result = {"title": "Generation", "wrong": wrong, "tables": [], "text": [], "figures": [], "settings": {}}
-    evaluate.write_report(tmp_path, {"generation": result})
+    evaluate.write_report(tmp_path, {"generation": result}, "One run from 3 < 4 photos.")
     report = (tmp_path / "report.html").read_text()
-    assert report.index("<p class=wrong>Masks fit") < report.index("<h2>")
+    lead = "<p>One run from 3 &lt; 4 photos. Not run: segmentation and inspection.</p>"
+    assert report.index("<p class=wrong>Masks fit") < report.index(lead) < report.index("<h2>")
 
 
 def test_a_training_split_that_changed_since_is_refused(sampled, data, tmp_path):
