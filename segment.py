@@ -13,6 +13,7 @@ import argparse
 import math
 import pickle
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -526,7 +527,10 @@ def predict_photos(args):
     begin(out, classes, {"weights": fingerprint(Path(args.weights))})
     white = white or white_of(photos.values())
     for (kind, stem), path in tqdm(photos.items(), unit="photo"):
-        mask_path = pair_paths(out, stem, kind)[1]
+        link, mask_path, *_ = pair_paths(out, stem, kind)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):                         # there already, or not possible here
+            link.with_suffix(path.suffix.lower()).symlink_to(path.resolve())    # what verdicts are drawn on
         if not mask_path.exists():
             image = as_tensor(to_mode(open_picture(path), 3, white))
             mask = masks_of(image[None])[0]

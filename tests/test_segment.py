@@ -370,6 +370,8 @@ def test_new_photos_get_masks_of_their_own_size_that_the_rules_read(tmp_path, mo
     write_json(tmp_path / "standard.json", standard)
     said = inspect_rules.main(["--standard", str(tmp_path / "standard.json"), "--masks", str(out)])
     assert said in (0, 1)                                           # judged, whatever it is
+    photo = inspect_rules.find_photo(masks["mask/line/b_mask.png"])                 # verdicts are drawn on it
+    assert np.array_equal(photo, Image.open(photos / "line/b.png"))
     before = {name: path.stat().st_mtime_ns for name, path in masks.items()}
     masks["mask/a_mask.png"].unlink()                               # interrupted there
     segment.main()
