@@ -13,7 +13,8 @@ truth. In the line stands the segmenter of evaluate.py's inspection; its masks a
     spectrum: standard              a class for each pixel: the written standard decides
     spectrum + generated: standard  the same, trained on generated pairs too
 
-Everything is judged in native pixels, whatever size a mask has. Writes OUT/line.json and OUT/verdicts/*.png.
+Everything is judged in native pixels, whatever size a mask has. Writes OUT/line.json, OUT/verdicts/*.png and
+OUT/cells/*.json, one for each run and seed: an interrupted command is run again and goes on.
 """
 import argparse
 import math
@@ -26,8 +27,8 @@ import torch
 from PIL import Image
 
 import evaluate
-from datasets import has_bf16, open_dataset, run_main, write_image, write_json
-from inspect_rules import Rule, draw_overlay, judge, load_standard, recall_fpr, verdict
+from datasets import fingerprint, has_bf16, open_dataset, run_main, write_image, write_json
+from inspect_rules import Rule, draw_overlay, judge, load_standard, read_json, recall_fpr, verdict
 from segment import to_input
 
 ANY_DEFECT, BEST_AREA, STANDARD, GENERATED = WAYS = (
@@ -141,35 +142,49 @@ def write_verdicts(folder, product, masks, findings, most=2):
         write_image(folder / f"{name}_predicted.png", draw_overlay(predicted, said, photo))
 
 
-def simulate(run, standard, pictures):
-    """One run's Product, judged in all ways with every seed. pictures: folder of write_verdicts."""
+def simulate(run, standard, out):
+    """One run's Product, judged in all ways with every seed; what is in `out` is not done again."""
     product = Product(run.folder.name, run.test, standard, sorted({*SIZES, run.size}))
-    training, any_defect = Product(product.name, run.train, standard), area_standard(standard, 0)
+    training = Product(product.name, run.train, standard)
     print(f"{product.name}: {product.verdicts.count('reject')} of {len(run.test)} scoring and "
           f"{training.verdicts.count('reject')} of {len(run.train)} training images are to be rejected; "
           f"original labels: {run.original[1]}")
+    pixels = *run.real, *run.scored, *run.generated, *run.original[0]
+    made_from = fingerprint(*pixels, standard, run.args.steps)
     for seed in range(run.args.seeds):
-        nets = {pool: run.network(evaluate.INSPECTOR, *run.pool(pool), seed, run.args.steps)
-                for pool in ("original", "real", "real + generated")}
-        seen = training.judge(masks_at(*predict_odds(nets["original"], run.real[0])), any_defect, BINARY)
-        best = best_limit([sum(f.area_px for f in findings) for findings in seen], training.verdicts)
-        for way, pool, rules, classes, limit in (
-                (ANY_DEFECT, "original", any_defect, BINARY, 0),
-                (BEST_AREA, "original", area_standard(standard, best), BINARY, best),
-                (STANDARD, "real", standard, run.classes, None),
-                (GENERATED, "real + generated", standard, run.classes, None)):
-            found = predict_odds(nets[pool], run.scored[0])
-            findings = {level: product.judge(masks_at(*found, level), rules, classes) for level in LEVELS}
-            for level, said in findings.items():
-                product.records.append({"way": way, "seed": seed, "limit": limit, "level": level,
-                                        **recall_fpr(product.verdicts, map(verdict, said))})
-            for truth, said, kind in zip(product.truths, findings[0], product.compare(findings[0])):
-                if kind in ("miss", "false_alarm"):
-                    product.errors.update((rule, way, kind) for rule in broken(truth + said))
-            if way == STANDARD and seed == 0:
-                write_verdicts(pictures, product, masks_at(*found), findings[0])
-        print(f"{product.name}: seed {seed} is judged; best area {best:.0f} px", flush=True)
+        cell = out / "cells" / f"{product.name}_{seed}_{made_from}.json"
+        if not cell.exists():
+            write_json(cell, judge_seed(run, seed, product, training, standard, out / "verdicts"))
+        found = read_json(cell)
+        product.records += found["records"]
+        product.errors.update({tuple(key): count for *key, count in found["errors"]})
     return product
+
+
+def judge_seed(run, seed, product, training, standard, pictures):
+    """{"records", "errors"}, as a Product has them, of one seed. pictures: the folder of write_verdicts."""
+    any_defect, records, errors = area_standard(standard, 0), [], Counter()
+    nets = {pool: run.network(evaluate.INSPECTOR, *run.pool(pool), seed, run.args.steps)
+            for pool in ("original", "real", "real + generated")}
+    seen = training.judge(masks_at(*predict_odds(nets["original"], run.real[0])), any_defect, BINARY)
+    best = best_limit([sum(f.area_px for f in findings) for findings in seen], training.verdicts)
+    for way, pool, rules, classes, limit in (
+            (ANY_DEFECT, "original", any_defect, BINARY, 0),
+            (BEST_AREA, "original", area_standard(standard, best), BINARY, best),
+            (STANDARD, "real", standard, run.classes, None),
+            (GENERATED, "real + generated", standard, run.classes, None)):
+        found = predict_odds(nets[pool], run.scored[0])
+        findings = {level: product.judge(masks_at(*found, level), rules, classes) for level in LEVELS}
+        for level, said in findings.items():
+            records.append({"way": way, "seed": seed, "limit": limit, "level": level,
+                            **recall_fpr(product.verdicts, map(verdict, said))})
+        for truth, said, kind in zip(product.truths, findings[0], product.compare(findings[0])):
+            if kind in ("miss", "false_alarm"):
+                errors.update((rule, way, kind) for rule in broken(truth + said))
+        if way == STANDARD and seed == 0:
+            write_verdicts(pictures, product, masks_at(*found), findings[0])
+    print(f"{product.name}: seed {seed} is judged; best area {best:.0f} px", flush=True)
+    return {"records": records, "errors": [[*key, count] for key, count in errors.items()]}
 
 
 # --- rates ---
@@ -282,7 +297,7 @@ def line(args, others):
     standards = [load_standard(name, run.classes) for name, run in zip(names, runs)]    # before training
 
     out = Path(args.out) / ("quick" if others.quick else "")
-    products = [simulate(run, standard, out / "verdicts") for run, standard in zip(runs, standards)]
+    products = [simulate(run, standard, out) for run, standard in zip(runs, standards)]
     tables = [verdict_table(products), resolution_table(products), rule_table(products),
               working_point_table(products)]
     settings = {**vars(others), **vars(args), "torch": torch.__version__, "device": str(runs[0].device)}

@@ -80,7 +80,7 @@ def test_rows_pool_counts_and_average_products(bolts):
     assert rows["mean of products"][0] == "83.3 ± 23.6"             # (1/3 + 1) / 2 and 1
 
 
-def test_the_line_runs_from_a_run_to_tables_and_pictures(data, trained, tmp_path, capsys):
+def test_the_line_runs_from_a_run_to_tables_and_pictures(data, trained, tmp_path, capsys, monkeypatch):
     run, out, standard = tmp_path / "bolt", tmp_path / "line", tmp_path / "standard.json"
     shutil.copytree(trained, run, ignore=shutil.ignore_patterns("samples"))
     sample.draw_pairs(sample.parse_args(["--run", str(run), "--count", "4", "--num-steps", "2"]))
@@ -93,6 +93,10 @@ def test_the_line_runs_from_a_run_to_tables_and_pictures(data, trained, tmp_path
     assert {sum(record[key] for key in line.COUNTS) for record in records} == {8}
     pictures = [path.stem.split("_")[-1] for path in (out / "quick/verdicts").iterdir()]
     assert 0 < pictures.count("exact") == pictures.count("predicted")
+    first = (out / "quick/line.json").read_bytes()
+    monkeypatch.setattr(evaluate.Run, "network", None)              # what is judged is not trained again
+    line.line(*line.parse_args(["--run", str(run), *flags]))
+    assert (out / "quick/line.json").read_bytes() == first
     capsys.readouterr()
     line.line(*line.parse_args(["--data", str(data), *flags]))
     assert "Exact masks resized (nearest) and judged\n  product  size" in capsys.readouterr().out
