@@ -14,6 +14,7 @@ Segmenters are trained on the run's photos and as many pairs again of one pool, 
     two-stage     what sample.py draws
     for masks     what sample.py --masks training draws: whole pictures, all classes alike
     painted       what sample.py --photos paints
+    judged        likewise, those alone of which the segmenter of --judge sees the defect (IoU of MIN_FIT)
     half          two-stage and pasted, half of each
     relabelled    two-stage, the masks redrawn by a segmenter of all photos, those scored on too: a bound that
                   tells wrong masks from wrong pictures
@@ -44,7 +45,8 @@ from inspect_rules import read_json
 from segment import ARCHS, confusion_matrix, draw_table, miou, mix, predict
 
 POOLS = ("real", "more real", "pasted", "pasted where", "foreign", "large", "two-stage", "for masks",
-         "painted", "half", "relabelled")
+         "painted", "judged", "half", "relabelled")
+MIN_FIT = "0.2"         # of the pool "judged"; its judge has learned from the run's training photos alone
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # by N, two-sided
 
 
@@ -89,14 +91,15 @@ def pasted_pair(painter, name, seed):
 def make_pool(args, run, name, count, block):
     """The folder of a pool with `count` pairs, made where it is missing; block: sampling seeds of its own."""
     out, first = Path(run) / "pools" / f"{name.replace(' ', '_')}_{block}", block * 10_000
-    count *= 2 if name == "painted" else 1                                  # not every photo has room
+    count *= 2 if name in ("painted", "judged") else 1                      # not every photo has room
     seeds = ["--run", run, "--seeds", f"{first}-{first + count - 1}", "--out", str(out)]
     photos = ["--photos", args.photos, "--split", args.split]
     if name in ("large", "two-stage"):
         sample.draw_pairs(sample.parse_args([*seeds, *(["--switch-t", "0"] if name == "large" else [])]))
-    elif name in ("for masks", "painted"):
-        into = photos if name == "painted" else ["--masks", "training"]
-        sample.paint_pairs(sample.parse_args([*seeds, *into]))
+    elif name in ("for masks", "painted", "judged"):
+        into = ["--masks", "training"] if name == "for masks" else photos
+        judge = ["--judge", args.judge, "--min-fit", MIN_FIT] if name == "judged" else []
+        sample.paint_pairs(sample.parse_args([*seeds, *into, *judge]))
     else:
         painter = sample.Painter(sample.parse_args([*seeds, *photos]), DefectGen.load(run))
         begin(out, painter.generator.classes, {"photos": args.photos, "split": args.split, "pool": name})
@@ -209,7 +212,8 @@ def parse_args():
     add("--more", default="train", help="split of the run's data that holds more photos (default: "
         "%(default)s)")
     add("--arch", nargs="+", default=list(ARCHS), help="networks (default: all three)")
-    add("--pools", nargs="+", default=list(POOLS), choices=POOLS, help="default: all")
+    add("--pools", nargs="+", choices=POOLS, help="default: all, \"judged\" with --judge alone")
+    add("--judge", metavar="FILE", help="segment.pt of segment.py, of the run's training photos")
     add("--ratios", type=float, nargs="+", default=[1.0], help="pairs for each real photo (default: 1)")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="of the segmenters (default: the run's)")
     add("--steps", type=int, default=500, help="optimiser steps of each (default: %(default)s)")
@@ -220,6 +224,9 @@ def parse_args():
     add("--quick", action="store_true", help="two steps, one seed; its numbers mean nothing, none is kept")
     args = parser.parse_args()
     args.run = args.run or ["runs/demo"]
+    args.pools = args.pools or [name for name in POOLS if args.judge or name != "judged"]
+    if "judged" in args.pools and not args.judge:
+        raise ValueError("--pools judged takes a segmenter to judge by: --judge segment.pt")
     if args.quick:
         args.steps, args.seeds, args.blocks, args.ratios = 2, 1, 1, [0.1]
     return args

@@ -78,3 +78,17 @@ def test_more_real_photos_of_a_drawn_product_are_in_no_split():
     other = bench.others()
     assert not {s.name for s in other.samples} & {s.name for s in open_dataset("drawn:wood").samples}
     assert other.size == (16, 16) and other.classes == bench.train.classes
+
+
+def test_judged_pairs_are_those_of_which_the_judge_sees_enough(run, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["paper_table", "--run", str(run), "--pools", "judged"])
+    with pytest.raises(ValueError, match="--pools judged takes a segmenter to judge by"):
+        paper_table.main()
+    asked = []
+    monkeypatch.setattr(sample, "paint_pairs", asked.append)
+    monkeypatch.setattr("sys.argv", ["paper_table", "--photos", str(data), "--judge", "judge.pt"])
+    args = paper_table.parse_args()
+    assert "judged" in args.pools
+    for name in ("painted", "judged"):
+        paper_table.make_pool(args, run, name, 2, 0)
+    assert [(a.judge, a.min_fit) for a in asked] == [(None, 0), ("judge.pt", 0.2)]
