@@ -90,5 +90,5 @@ def test_judged_pairs_are_those_of_which_the_judge_sees_enough(run, data, tmp_pa
     args = paper_table.parse_args()
     assert "judged" in args.pools
     for name in ("painted", "judged"):
-        paper_table.make_pool(args, run, name, 2, 0)
+        paper_table.make_pool(args, str(run), name, 2, 0)
     assert [(a.judge, a.min_fit) for a in asked] == [(None, 0), ("judge.pt", 0.2)]
