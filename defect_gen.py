@@ -266,7 +266,7 @@ class DefectGen:
                                  f"{low} <= t < {high}: use {least} to {most}, or train with --t-range full")
         return steps
 
-    def paint(self, images, masks, regions, seeds, mask_given=True, num_steps=20, repeats=5):
+    def paint(self, images, masks, regions, seeds, mask_given=True, num_steps=20, repeats=10):
         """Draw into photos: what is outside a region is known, inside it the image is drawn to fit the mask.
 
         A region of the whole picture makes an image for a mask. One pair at a time: the small network goes
@@ -276,15 +276,17 @@ class DefectGen:
             images:  uint8 (N, C, H, W), of the run's size.
             masks:   uint8 (N, H, W), how they shall be; inside the regions only if mask_given, else drawn.
             regions: bool (N, H, W).
-            repeats: of each step, so that what is drawn agrees with what is known: see diffusion.sample.
+            repeats: of each step, so that what is drawn agrees with what is known: see diffusion.sample. Then
+                     ancestral: dpm++ extrapolates from a prediction of before the noise, and overshoots.
         Returns: images uint8 (N, C, H, W), unchanged outside the regions, and masks uint8 (N, H, W).
         """
         steps, painted = self.timesteps(num_steps, "logsnr", SWITCH_T), []
+        sampler = "ddpm" if repeats > 1 else "dpm++"
         for image, mask, region, seed in zip(images, masks, regions, seeds):
             x_start = self.joint.encode(image[None].to(self.device), mask[None].to(self.device))
             free = torch.stack([region] * len(image) + [region & (not mask_given)] * len(self.classes))
             known = Known(x_start, ~free[None].to(self.device))
-            joint = self.draw([seed], steps, "dpm++", SWITCH_T, self.size, known, repeats)
+            joint = self.draw([seed], steps, sampler, SWITCH_T, self.size, known, repeats)
             new_image, new_mask = (part[0].cpu() for part in self.joint.decode(joint))
             painted.append((torch.where(region, new_image, image), torch.where(region, new_mask, mask)))
         return tuple(map(torch.stack, zip(*painted)))
