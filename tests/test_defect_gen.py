@@ -123,7 +123,7 @@ def test_the_command_draws_one_trajectory(trained, tmp_path, monkeypatch, capsys
                                      "--device", "cpu"])
     defect_gen.main()
     by_large = sum(t >= 450 for t in timesteps(1000, num_steps))
-    words = f"{num_steps} steps, {by_large} of them by the large network; picture: {out}"
+    words = f"{num_steps} steps, {by_large} of them above the switch; picture: {out}"
     assert words in capsys.readouterr().out
     assert picture(out).shape[1] > 132 * num_steps                                      # one column per step
 
