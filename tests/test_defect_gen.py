@@ -260,6 +260,35 @@ def test_an_exact_denoiser_draws_the_picture_that_is_known_in_part():
     assert found((slice(None), slice(2, None)), 1) < 0.6 and found((slice(None), slice(2, None)), 10) > 0.85
 
 
+def test_a_known_pixel_tells_the_other_as_much_as_in_a_gaussian(trained, data, monkeypatch):
+    """Two pixels, N(0, 1) with correlation 0.9: where one is 1.5, the other is N(1.35, 0.44^2)."""
+    asked, joint = {}, torch.zeros(1, 3 + 3, 16, 16)
+
+    def draw(self, seeds, steps, sampler, switch_t, size, known, repeats):
+        asked.update(timesteps=steps, method=sampler, repeats=repeats)
+        return joint
+    monkeypatch.setattr(DefectGen, "draw", draw)                    # how does paint sample?
+    images, masks = open_dataset(data, (16, 16)).subset([0]).tensors()
+    DefectGen.load(trained).paint(images, masks, masks == 0, [0])
+
+    table, both = schedule(), torch.tensor([[1, 0.9], [0.9, 1]], dtype=torch.float64)
+
+    def exact(x_t, t):
+        signal, noise = table[t], (1 - table[t]) * torch.eye(2)
+        return torch.einsum("ij,njhw->nihw", signal ** 0.5 * both @ (signal * both + noise).inverse(), x_t)
+    generator = torch.Generator().manual_seed(0)
+
+    def noise():
+        return torch.randn(3000, 2, 1, 1, dtype=torch.float64, generator=generator)
+    known = Known(torch.full((3000, 2, 1, 1), 1.5), torch.tensor([True, False]).view(1, 2, 1, 1))
+    denoise = with_known(exact, known)
+    drawn = sample(denoise, noise(), alphas_cumprod=table, noise=noise, **asked)[:, 1]
+    assert drawn.mean().item() == pytest.approx(1.35, abs=0.1)
+    assert drawn.std().item() == pytest.approx(0.44, abs=0.1)
+    once = sample(denoise, noise(), alphas_cumprod=table, noise=noise, **{**asked, "repeats": 1})[:, 1]
+    assert once.mean() < 1                                          # why steps are repeated
+
+
 @pytest.mark.parametrize("stages", ["trained", "relay"])            # of one size, of two
 def test_painting_changes_the_region_alone_and_a_region_of_everything_is_a_drawn_pair(stages, data, request):
     generator = DefectGen.load(request.getfixturevalue(stages))
