@@ -599,7 +599,7 @@ def run_main(main):
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError:
-        sys.exit("error: the device's memory is full; --device cpu has more")
+        sys.exit("error: the device's memory is full; take less at a time: --batch-size, --size")
     except KeyboardInterrupt:
         sys.exit("interrupted")
 

@@ -29,6 +29,7 @@ from unet import UNet, receptive_field
 
 STAGES = ("large", "small")
 NUM_STEPS = 40      # of sampling: 97 % of the defects that 1 % of photos have still come, at 20 steps 84 %
+PAINT_STEPS, REPEATS = 20, 10       # of painting: timesteps, how often each is taken; see docs/results.md
 NOISE_SCALE = 1.02  # of small after a plan: its pictures have too little grain without, see docs/results.md
 SWITCH_T = 400      # the released script's value; the paper's own u is reported ambiguously (50 in one place)
 IMAGE_STD = 0.7     # of the standardised image channels, close to that of masks, whose values are -1 and 1
@@ -266,7 +267,8 @@ class DefectGen:
                                  f"{low} <= t < {high}: use {least} to {most}, or train with --t-range full")
         return steps
 
-    def paint(self, images, masks, regions, seeds, mask_given=True, num_steps=20, repeats=10):
+    def paint(self, images, masks, regions, seeds, mask_given=True, num_steps=PAINT_STEPS,
+              repeats=REPEATS):
         """Draw into photos: what is outside a region is known, inside it the image is drawn to fit the mask.
 
         A region of the whole picture makes an image for a mask. One pair at a time: the small network goes
@@ -398,7 +400,8 @@ def main():
     overlays = list(map(overlay, images, masks))
     rows = [("x_t", joint.decode(noisy)[0].cpu()), ("image", images), ("mask", overlays)]
     write_image(args.out, sheet(rows, titles, classes))
-    print(f"{len(seen)} steps, {sum(by_large)} of them above the switch; picture: {args.out}")
+    where = "by the large network" if args.run else "above the switch"
+    print(f"{len(seen)} steps, {sum(by_large)} of them {where}; picture: {args.out}")
 
 
 if __name__ == "__main__":

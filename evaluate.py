@@ -227,7 +227,7 @@ class Run(TrainedRun):
         empty = 100 * (~defects(self.generated[1]).flatten(1).any(1)).double().mean().item()
         if empty > 50:
             self.wrong.append(f"{empty:.0f} % of the masks are empty: draw with --min-area-px 1.")
-        if read_json(samples / "config.json")["steps_trained"] != self.steps_trained:
+        if read_json(samples / "config.json").get("steps_trained") != self.steps_trained:
             self.wrong.append(f"The pairs in {samples} are of other checkpoints: draw them again.")
 
     @cached_property
@@ -521,8 +521,8 @@ def html_table(table):
             f"<div class=wide tabindex=0><table>{''.join(lines)}</table></div>")
 
 
-LEAD = ("One run from {images} photos, {large} steps of the large and {small} of the small stage. Here is "
-        "how its pairs look, what they copy and whether masks fit, but not what longer training draws. "
+LEAD = ("One run from {images} photos, {large} steps of the large and {small} of the small stage. Generation "
+        "is how its pairs look, what they copy and whether masks fit, not what longer training draws. "
         "Whether pairs help, or exact masks judge better, takes segmenters that have learned and more than "
         "one run: experiments/paper_table.py and experiments/line.py, a night.")
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from datasets import (DefectDataset, Sample, as_tensor, begin, channels_of, defects, find_objects,
                       fingerprint, images_in, open_dataset, open_picture, overlay, pair_paths, pick_device,
                       run_main, sheet, to_mode, write_image, write_json, write_pair)
-from defect_gen import NUM_STEPS, SWITCH_T, DefectGen
+from defect_gen import NUM_STEPS, PAINT_STEPS, REPEATS, SWITCH_T, DefectGen
 from diffusion import METHODS, SPACINGS, rng
 from evaluate import defect_crops, distances, halved, mask_fit
 from inspect_rules import read_json
@@ -76,7 +76,7 @@ def parse_args(argv=None):
     add("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
     add("--out", help="data set to write (default: RUN/samples, or RUN/painted)")
     add("--defect", metavar="CLASS", help="keep only pairs whose mask has this class")
-    add("--min-area-px", type=int, default=0, help="keep only pairs with at least so many px of defect")
+    add("--min-area-px", type=int, default=0, help="keep only pairs with so many px or more of it or all")
     add("--max-area-px", type=int, help="keep only pairs with at most so many")
     add = parser.add_argument_group("painting one defect into each photo; of --defect if given").add_argument
     add("--photos", metavar="FOLDER", help="good photos, or a data set: then its photos without a defect, or "
@@ -377,16 +377,13 @@ class Painter:
 
     def paint(self, before, old, mask, seed):
         """(image, region) of a photo of the run's size with the mask `old`, to which a defect's is added."""
-        region, how = old == 0, {}
+        region = old == 0
         if self.photos:
             region &= grown(mask > 0, min(mask.shape) // 32)
-        else:                           # there is nothing to agree with, and repeats wash whole pictures out
-            how = {"num_steps": NUM_STEPS, "repeats": 1}
-        image = self.generator.paint(before[None], (old + mask)[None], region[None], [seed], **how)[0][0]
-        return image, region
+        return self.generator.paint(before[None], (old + mask)[None], region[None], [seed])[0][0], region
 
     def attempt(self, seed, n):
-        """(photo, mask, record) of try n, native; or why there is none, in two words."""
+        """(photo, mask, record) of try n, native; or a few words why there is none."""
         name, photo, labels = self.read(seed, n)
         _, before, old = self.read(seed, n, self.generator.size)
         own = seed + RETRY * n
@@ -417,7 +414,7 @@ def paint_pairs(args):
     generator = open_run(args)
     painter, out = Painter(args, generator), Path(args.out or Path(args.run) / "painted")
     names = "photos", "split", "masks", "where", "judge", "min_fit", "defect"
-    begin(out, generator.classes, settings(args, names, generator))
+    begin(out, generator.classes, {**settings(args, names, generator), "steps": [PAINT_STEPS, REPEATS]})
     source = out / "source.json"
     records, seeds = read_json(source) if source.exists() else {}, args.seeds or list(range(args.count))
     failed = Counter()

@@ -519,7 +519,9 @@ def miou(confusion: torch.Tensor) -> dict:
 # --- command ---
 
 def predict_photos(args):
-    """Masks of native size for a folder of photos, in args.out, with overlays; what is there is kept."""
+    """Masks of native size for a folder of photos, in args.out, with overlays and links to the photos; what
+    is there is kept.
+    """
     out, photos = Path(args.out), images_in(Path(args.predict))
     masks_of, classes, white = load_segmenter(args.weights, pick_device(args.device))
     if not photos:

@@ -61,7 +61,7 @@ MEMORY_LIMIT = 4 << 30          # bytes; data up to this size are decoded once a
 ORDER, NOISE, PREVIEW, VIEW = 1, 2, 3, 4        # what random numbers are for; see diffusion.rng
 LOG_EVERY = 10                  # steps between readings of the loss: each one waits for the device
 QUARTERS = ["loss_q1", "loss_q2", "loss_q3", "loss_q4"]         # loss by quarter of [0, T)
-COLUMNS = ["step", "loss", *QUARTERS, "lr", "images_per_s", "grad_norm"]     # before --weighting and clipping
+COLUMNS = ["step", "loss", *QUARTERS, "lr", "images_per_s", "grad_norm"]   # unweighted; norm unclipped
 FREE = {"steps", "lr", "save_every", "keep", "device", "bf16", "out", "data", "object", "accumulate",
         "resume"}                                   # settings that a resumed run may change
 

@@ -150,7 +150,7 @@ def simulate(run, standard, out):
           f"{training.verdicts.count('reject')} of {len(run.train)} training images are to be rejected; "
           f"original labels: {run.original[1]}")
     pixels = *run.real, *run.scored, *run.generated, *run.original[0]
-    made_from = fingerprint(*pixels, standard, run.args.steps)
+    made_from = fingerprint(*pixels, standard, run.args.steps, run.args.backbone_weights)
     for seed in range(run.args.seeds):
         cell = out / "cells" / f"{product.name}_{seed}_{made_from}.json"
         if not cell.exists():

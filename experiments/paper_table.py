@@ -212,7 +212,7 @@ def parse_args():
     add("--more", default="train", help="split of the run's data that holds more photos (default: "
         "%(default)s)")
     add("--arch", nargs="+", default=list(ARCHS), help="networks (default: all three)")
-    add("--pools", nargs="+", choices=POOLS, help="default: all, \"judged\" with --judge alone")
+    add("--pools", nargs="+", choices=POOLS, help="default: all, \"judged\" only with --judge")
     add("--judge", metavar="FILE", help="segment.pt of segment.py, of the run's training photos")
     add("--ratios", type=float, nargs="+", default=[1.0], help="pairs for each real photo (default: 1)")
     add("--size", type=int, nargs=2, metavar=("H", "W"), help="of the segmenters (default: the run's)")
@@ -246,6 +246,7 @@ def main():
                 for block in range(1 if name == "real" else args.blocks):
                     pixels = bench.pixels(name, block)
                     key = f"{run}|{arch}|{name}|{ratio:g}|{block}|{seed}|{args.steps}|{pixels}"
+                    key += f"|{args.backbone_weights}" if args.backbone_weights else ""
                     if key not in cells:
                         cells[key] = bench.score(arch, name, ratio, block, seed)
                         if not args.quick:

@@ -123,7 +123,8 @@ def test_the_command_draws_one_trajectory(trained, tmp_path, monkeypatch, capsys
                                      "--device", "cpu"])
     defect_gen.main()
     by_large = sum(t >= 450 for t in timesteps(1000, num_steps))
-    words = f"{num_steps} steps, {by_large} of them above the switch; picture: {out}"
+    where = "by the large network" if of_a_run else "above the switch"
+    words = f"{num_steps} steps, {by_large} of them {where}; picture: {out}"
     assert words in capsys.readouterr().out
     assert picture(out).shape[1] > 132 * num_steps                                      # one column per step
 
@@ -260,8 +261,11 @@ def test_an_exact_denoiser_draws_the_picture_that_is_known_in_part():
     assert found((slice(None), slice(2, None)), 1) < 0.6 and found((slice(None), slice(2, None)), 10) > 0.85
 
 
-def test_a_known_pixel_tells_the_other_as_much_as_in_a_gaussian(trained, data, monkeypatch):
-    """Two pixels, N(0, 1) with correlation 0.9: where one is 1.5, the other is N(1.35, 0.44^2)."""
+def test_a_known_pixel_tells_the_other_nearly_as_much_as_in_a_gaussian(trained, data, monkeypatch):
+    """Two pixels, N(0, 1) with correlation 0.9: where one is 1.5, the other is N(1.35, 0.44^2).
+
+    Few steps leave the deviation a fifth too small.
+    """
     asked, joint = {}, torch.zeros(1, 3 + 3, 16, 16)
 
     def draw(self, seeds, steps, sampler, switch_t, size, known, repeats):
@@ -284,7 +288,7 @@ def test_a_known_pixel_tells_the_other_as_much_as_in_a_gaussian(trained, data, m
     denoise = with_known(exact, known)
     drawn = sample(denoise, noise(), alphas_cumprod=table, noise=noise, **asked)[:, 1]
     assert drawn.mean().item() == pytest.approx(1.35, abs=0.1)
-    assert drawn.std().item() == pytest.approx(0.44, abs=0.1)
+    assert 0.33 < drawn.std().item() < 0.44
     once = sample(denoise, noise(), alphas_cumprod=table, noise=noise, **{**asked, "repeats": 1})[:, 1]
     assert once.mean() < 1                                          # why steps are repeated
 

@@ -343,6 +343,15 @@ def test_the_report_begins_with_what_is_wrong(tmp_path):
     assert report.index("<p class=wrong>Masks fit") < report.index(lead) < report.index("<h2>")
 
 
+def test_pairs_of_other_checkpoints_are_what_the_report_begins_with(sampled, tmp_path):
+    run, args = shutil.copytree(sampled, tmp_path / "run"), ["--run", str(tmp_path / "run"), "--quick"]
+    assert not any("checkpoints" in sentence for sentence in evaluate.Run(evaluate.parse_args(args)).wrong)
+    config = json.loads((run / "samples/config.json").read_text())
+    config["steps_trained"]["small"] += 1
+    (run / "samples/config.json").write_text(json.dumps(config))
+    assert "of other checkpoints: draw them again." in evaluate.Run(evaluate.parse_args(args)).wrong[-1]
+
+
 def test_a_training_split_that_changed_since_is_refused(sampled, data, tmp_path):
     copy = shutil.copytree(data, tmp_path / "bolt")
     for folder, end in (("image", ""), ("mask", "_mask")):  # crack/004 is pushed out of the first five

@@ -80,7 +80,7 @@ def test_more_real_photos_of_a_drawn_product_are_in_no_split():
     assert other.size == (16, 16) and other.classes == bench.train.classes
 
 
-def test_judged_pairs_are_those_of_which_the_judge_sees_enough(run, data, tmp_path, monkeypatch):
+def test_judged_pairs_are_asked_for_with_a_judge_and_a_least_fit(run, data, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["paper_table", "--run", str(run), "--pools", "judged"])
     with pytest.raises(ValueError, match="--pools judged takes a segmenter to judge by"):
         paper_table.main()
