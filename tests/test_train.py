@@ -219,7 +219,7 @@ def test_a_single_grey_image_trains_and_the_next_command_is_named(tmp_path, caps
     (["--split", "val"], "no split 'val'; there are train, test"), (["--device", "gpu"], "--device gpu"),
     (["--resume"], "no checkpoint of the large stage"), (["--defect-share", "2"], "--defect-share is 2.0"),
     (["--batch-size", "4", "--accumulate", "3"], "--batch-size 4 does not divide into 3 equal parts"),
-    (["--crop", "16"], "--crop is for the small stage"),
+    (["--crop", "16"], "--crop is for a small stage"),
     (["--stage", "small", "--crop", "15"], "--crop 15: the net halves it 1 times, use multiples of 2")])
 def test_bad_flags_are_one_sentence_and_leave_no_folder(data, tmp_path, flags, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
