@@ -278,8 +278,7 @@ class DefectGen:
             images:  uint8 (N, C, H, W), of the run's size.
             masks:   uint8 (N, H, W), how they shall be; inside the regions only if mask_given, else drawn.
             regions: bool (N, H, W).
-            repeats: of each step, so that what is drawn agrees with what is known: see diffusion.sample. Then
-                     ancestral: dpm++ extrapolates from a prediction of before the noise, and overshoots.
+            repeats: of each step, so that what is drawn agrees with what is known: see diffusion.sample.
         Returns: images uint8 (N, C, H, W), unchanged outside the regions, and masks uint8 (N, H, W).
         """
         steps, painted = self.timesteps(num_steps, "logsnr", SWITCH_T), []

@@ -203,7 +203,8 @@ def sample(denoise, x_T, timesteps, alphas_cumprod, method="dpm++", noise=None, 
         limits:    (low, high), tensors or numbers that each predicted x_0 is clamped to.
         on_step:   called as on_step(t, x_t, pred_x_start) after each call of denoise.
         repeats:   each step is taken so often, and noised back between: where denoise knows parts of the
-                   picture, the others then agree with them (RePaint, Lugmayr et al. 2022, section 4.2).
+                   picture, the others then agree with them (RePaint, Lugmayr et al. 2022, section 4.2). Take
+                   ddpm: dpm++ extrapolates from a prediction of before that noise, and overshoots.
         noise_scale: the noise left after each step is multiplied by it. A little above 1 makes up for a
                    network that takes away too much and so loses grain (S_noise of Karras et al. 2022).
     Returns: (B, C, H, W) x_0, dtype and device of x_T.

@@ -179,9 +179,11 @@ class TrainedRun:
 
     def __init__(self, args, size=None):
         self.args, self.folder = args, Path(args.run)
-        trained = {stage: load_stage(self.folder / stage, stage) for stage in STAGES}
-        self.steps_trained = {stage: checkpoint["step"] for stage, checkpoint in trained.items()}
-        self.config = config = trained["small"]["config"]
+        self.steps_trained = {}
+        for stage in STAGES:
+            checkpoint = load_stage(self.folder / stage, stage)
+            self.steps_trained[stage], config = checkpoint["step"], checkpoint["config"]
+        self.config = config                                        # of the small stage
         self.size, self.classes = tuple(size or config["size"]), tuple(config["classes"])
         self.device, self.data = pick_device(args.device), args.data or config["data"]
         self.train, self.test = self.open(config["split"]), self.open(args.split)
