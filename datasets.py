@@ -39,8 +39,8 @@ LAYOUTS = """  image/<kind>/<stem>.png with mask/<kind>/<stem>_mask.png, class i
   images/train/..., images/val/... with masks/train/..., masks/val/...: likewise, in splits
   test/<kind>/<stem>.png with ground_truth/<kind>/<stem>_mask.png, 0/255: the class is the kind (MVTec AD)"""
 CONVERT = "Convert any other layout with: python data/convert.py {} --out NEW"
-SPLITS = dict(train="train", training="train", val="val", valid="val", validation="val", test="test",
-              testing="test")
+SPLITS = dict(train="train", training="train", val="val", valid="val", validation="val", eval="val", dev="val",
+              test="test", testing="test", holdout="test")
 GOOD_KINDS = {"good", "ok", "Normal", "MT_Free"}    # products without a defect; they may come without masks
 FEW_SHOT = 5                        # images per kind that train where there is no split (the authors' rule)
 AUGMENTATIONS = ("flip", "turn")
@@ -116,6 +116,16 @@ def white_of(paths):
     return 2**bits - 1 if tops else None
 
 
+def split_of(folder):
+    """The split that a folder is called after, "train" of Train, training_set or trainset; else None."""
+    return SPLITS.get(re.sub("[ _-]?set$", "", folder.lower()))
+
+
+def is_good(kind):
+    """Whether photos of a kind, "good" or "line1/good", have no defect."""
+    return kind.rpartition("/")[2] in GOOD_KINDS
+
+
 def in_threads(function, items):
     """Yields (result, None) or (None, the ValueError's sentence) of each item, in order."""
     def attempt(item):
@@ -179,9 +189,11 @@ class DefectDataset:
             return np.zeros(open_picture(photo).size[::-1], np.uint8)
         mask, classes = inspect_rules.read_mask(path, self.classes, label), ", ".join(self.classes)
         if ((mask >= len(self.classes)) & (mask != IGNORE)).any():
-            values = np.unique(mask)[:12].tolist()
+            values, jpeg = np.unique(mask)[:12].tolist(), path.suffix.lower() in (".jpg", ".jpeg")
             raise ValueError(f"{path}: mask has the values {values} but the classes are 0.."
-                             f"{len(self.classes) - 1} ({classes}); add what is missing to classes.json")
+                             f"{len(self.classes) - 1} ({classes}); "
+                             + ("JPEG changes them: save masks as PNG" if jpeg else
+                                "add what is missing to classes.json"))
         return mask.astype(np.uint8)
 
     def classes_in(self, i):
@@ -198,7 +210,7 @@ class DefectDataset:
     def defective(self):
         """Indices of the images with a defect, by their masks or, of drawn ones, by their kinds."""
         return [i for i, s in enumerate(self.samples)
-                if s.kind not in GOOD_KINDS and (s.mask is None or self.classes_in(i) != ())]
+                if not is_good(s.kind) and (s.mask is None or self.classes_in(i) != ())]
 
     def subset(self, indices):
         """The same data set with some of its samples."""
@@ -307,7 +319,7 @@ def find_dataset(spec, object=None):
         name for name in objects if not object or name.split("/")[-1] == object]
     if not wanted:
         raise FileNotFoundError(f"--object {object}: not in {root}; there are {listed(objects, 60)}")
-    if {name.lower() for name in objects} <= SPLITS.keys():
+    if all(map(split_of, objects)):
         raise ValueError(f"--data {root} holds {', '.join(objects)}: splits of one object? "
                          + CONVERT.format(root))
     if len(wanted) > 1:
@@ -333,7 +345,11 @@ def read_folder(photos, masks):
     classes = classes or CLASS_TABLES.get(name) or classes_of_values(root, samples)
     splits, folders = read_splits(root / "split.json"), {}
     for sample in samples:
-        folders.setdefault(SPLITS.get(sample.kind.split("/")[0].lower()), []).append(sample.name)
+        folders.setdefault(split_of(sample.kind.split("/")[0]), []).append(sample.name)
+    if photos.name != "test" and not splits and folders.keys() >= {None, "train"}:
+        others = sorted({name.split("/")[0] for name in folders[None]})
+        raise ValueError(f"{photos} holds {listed(others)} beside a folder of the split train; call such "
+                         "folders train, val or test, or write a split.json")
     if photos.name != "test" and folders and None not in folders and not splits:    # all are splits
         samples = [sample._replace(kind=sample.kind.partition("/")[2]) for sample in samples]
         splits = {**folders, "test": folders.get("test") or folders.get("val", [])}
@@ -360,7 +376,7 @@ def find_pairs(photos, masks, binary_kinds=()):
             if (kind, stem) not in partner and (kind, stem + end) in unused:
                 partner[kind, stem] = unused.pop((kind, stem + end))
     for (kind, stem), path in found.items():
-        if (kind, stem) in partner or kind.split("/")[-1] in GOOD_KINDS:
+        if (kind, stem) in partner or is_good(kind):
             name, mask = f"{kind}/{stem}" if kind else stem, partner.get((kind, stem))
             label = binary_kinds.index(kind) + 1 if kind in binary_kinds else None
             samples.append(Sample(name, path, mask, kind, label))
@@ -626,8 +642,9 @@ def gaps(dataset, finer=1):
     whole = {i: dataset.classes_in(i) for i in dataset.defective()
              if dataset.samples[i].mask and dataset.classes_in(i)}
     here, at_size = dataset.split_rule.split(":")[0], {i: left(i) for i in whole} if dataset.size else whole
-    kinds = dataset.kinds - GOOD_KINDS - {sample.kind for sample in dataset.samples}
-    seen = {0}.union(*at_size.values()) if whole else range(len(dataset.classes))
+    kinds = {kind for kind in dataset.kinds if not is_good(kind)} - {s.kind for s in dataset.samples}
+    drawn = not any(sample.mask for sample in dataset.samples)              # their masks are not looked at
+    seen = range(len(dataset.classes)) if drawn else {0}.union(*at_size.values())
     unseen = [name for k, name in enumerate(dataset.classes) if k not in seen]
     lines = [f"no photo of the kinds {listed(sorted(kinds))} in {here}"] if kinds else []
     lines += [f"no pixel of the classes {listed(unseen)} in {here}"] if unseen else []
@@ -646,7 +663,7 @@ def audit(dataset):
         mask = dataset.read_mask(i) if drawn else dataset.read(i)[1].numpy()    # bad photos are found as well
         counts = np.bincount(mask[mask != IGNORE], minlength=len(dataset.classes))
         share = counts[1:].sum() / mask.size
-        good = sample.kind in GOOD_KINDS
+        good = is_good(sample.kind)
         doubts = {"the mask is empty": not share and sample.mask and not good,
                   "lies among the good ones, but its mask shows a defect": good and share,
                   "nearly all of the mask is defect; is it inverted?": share > 0.8,
@@ -683,6 +700,8 @@ def print_audit(dataset, report):
     for word, lines in ("", dataset.notes), ("warning: ", report["warnings"]), (
             "problem: ", grouped(report["problems"])):
         print(*(f"  {word}{line}\n" for line in lines), sep="", end="")
+    if dataset.problems:
+        print("  data/convert.py reads more ways of naming masks")
 
 
 def largest(region):

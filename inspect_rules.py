@@ -484,9 +484,14 @@ def open_masks(args, standard):
                                  for image, path in masks.items()}
     import datasets                 # not above: it imports this module, and torch, which --masks is without
     data = datasets.open_dataset(args.data, object=args.object)
+
+    def photo_of(i):
+        with suppress(ValueError):                                # verdicts need the mask alone
+            image = data.read(i)[0]
+            return Image.fromarray(image.expand(3, *image.shape[1:]).permute(1, 2, 0).numpy())
     return data.classes, args.data, {
-        name: (mask or name, partial(data.read_mask, i), partial(read_photo, photo))
-        for i, (name, photo, mask, *_) in enumerate(data.samples)}
+        sample.name: (sample.mask or sample.name, partial(data.read_mask, i), partial(photo_of, i))
+        for i, sample in enumerate(data.samples)}
 
 
 def inspect_folder(args) -> int:

@@ -1,7 +1,7 @@
 """Draw image + mask pairs from a trained run and write them as a data set.
 
     python sample.py                                    64 pairs from runs/demo into runs/demo/samples
-    python sample.py --min-area-px 1                    64 pairs that have a defect
+    python sample.py --min-area-px 1 --out defects      64 pairs that have a defect
     python sample.py --run runs/mine --seeds 100-199 --num-steps 50
     python sample.py --run runs/mine --count 50 --defect crack --min-area-px 20     draws until 50 pairs fit
     python sample.py --run runs/mine --count 50 --defect crack --photos good        paints cracks into photos
@@ -156,7 +156,7 @@ def draw_pairs(args):
     begin(out, generator.classes, {**settings(args, names, generator), "size": list(size)})
 
     batch_size = args.batch_size or min(16, max(1, 16 * 256 ** 2 // math.prod(size)))
-    choosy = args.defect or args.min_area_px or args.max_area_px is not None
+    choosy, drawn = args.defect or args.min_area_px or args.max_area_px is not None, 0
     seeds = args.seeds or list(range(args.count * (DRAWS if choosy else 1)))
     count = len(seeds) if args.seeds else args.count
     missing = [s for s in seeds if not all(path.exists() for path in pair_paths(out, f"{s:06d}", KIND))]
@@ -165,11 +165,12 @@ def draw_pairs(args):
         while missing and kept < count:
             batch, missing = missing[:batch_size], missing[batch_size:]
             images, masks = generator.sample(batch, *how, size, batch_size)
+            drawn += len(batch)
             for i in wanted(masks, args, generator.classes).nonzero().flatten().tolist()[:count - kept]:
                 write_pair(out, f"{batch[i]:06d}", images[i], masks[i], KIND)
                 kept += 1
                 bar.update()
-    if kept < count and not args.seeds or not kept:
+    if not kept or kept < count and not args.seeds:             # of --seeds some may fall short
         raise ValueError(f"only {kept} of {len(seeds)} pairs drawn are as asked for, in {out}; ask for less")
 
     pairs, config = open_dataset(out, size), generator.config
@@ -178,8 +179,7 @@ def draw_pairs(args):
     with contextlib.suppress(OSError, ValueError):                  # the photos may lie on another machine
         train = open_dataset(config["data"], split=config["split"], object=config.get("object"))
         print(f"trained on: {mask_shares(train.subset(train.defective()))}")
-    drawn = f" of {len(seeds) - len(missing)} drawn" if choosy else ""
-    print(f"{kept} pairs{drawn} in {out}, contact sheet {out / 'sheet.png'}")
+    print(f"{kept} pairs in {out}, {drawn} drawn now, contact sheet {out / 'sheet.png'}")
     if out == Path(args.run) / "samples":
         print(f"next: python evaluate.py --run {args.run}")
 
@@ -359,10 +359,12 @@ class Painter:
         self.generator, self.min_fit, self.side = generator, args.min_fit, min(generator.size) // 4
         self.photos = open_photos(args, generator) if args.photos else None
         self.wishes = Wishes(args, generator)
-        self.judge, classes, _ = load_segmenter(args.judge, generator.device) if args.judge else [None] * 3
-        if classes not in (None, generator.classes):
-            raise ValueError(f"--judge {args.judge} knows {', '.join(classes)}, but {args.run} draws "
-                             f"{', '.join(generator.classes)}")
+        self.judge = None
+        if args.judge:
+            self.judge, saved = load_segmenter(args.judge, generator.device)
+            if tuple(saved["classes"]) != generator.classes:
+                raise ValueError(f"--judge {args.judge} knows {', '.join(saved['classes'])}, but {args.run} "
+                                 f"draws {', '.join(generator.classes)}")
         self.crops = defect_crops(*self.wishes.train, self.side)    # novelty is in units of their distances
         among = distances(self.crops, self.crops, halved).fill_diagonal_(math.inf)
         self.unit = among.amin(1).median().nan_to_num(posinf=math.nan)      # nan: there is but one

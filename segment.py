@@ -462,10 +462,10 @@ def predict(net: Segmenter, images: torch.Tensor, batch_size: int = 16, bf16: bo
 
 
 def load_segmenter(path, device="cpu"):
-    """The network that `python segment.py` wrote, as (images -> masks, classes, white).
+    """The network that `python segment.py` wrote, as (images -> masks, what it wrote beside the weights).
 
     Images uint8 (N, C, H, W) of any size are shown to it at the size that it was trained at; masks are uint8
-    (N, H, W). white: of the 16-bit photos trained on, None if they had 8. Raises ValueError for other files.
+    (N, H, W). Raises ValueError for other files.
     """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -482,7 +482,7 @@ def load_segmenter(path, device="cpu"):
         small = F.interpolate(images.float(), saved["size"], mode="bilinear", antialias=True).round().byte()
         masks = predict(net, small, bf16=has_bf16(device))
         return F.interpolate(masks[:, None], images.shape[2:], mode="nearest-exact")[:, 0]
-    return masks_of, tuple(saved["classes"]), saved.get("white")
+    return masks_of, saved
 
 
 # --- score ---
@@ -523,11 +523,13 @@ def predict_photos(args):
     is there is kept.
     """
     out, photos = Path(args.out), images_in(Path(args.predict))
-    masks_of, classes, white = load_segmenter(args.weights, pick_device(args.device))
+    masks_of, saved = load_segmenter(args.weights, pick_device(args.device))
     if not photos:
         raise ValueError(f"--predict {args.predict}: no photos in this folder, or no such folder")
-    begin(out, classes, {"weights": fingerprint(Path(args.weights))})
-    white = white or white_of(photos.values())
+    begin(out, saved["classes"], {"weights": fingerprint(Path(args.weights))})
+    if missed := [name for name, iou in zip(saved["classes"], saved["iou"]) if not iou]:
+        print(f"warning: on its test photos this segmenter saw no {', '.join(missed)}; train it for longer")
+    white = saved["white"] or white_of(photos.values())
     for (kind, stem), path in tqdm(photos.items(), unit="photo"):
         link, mask_path, *_ = pair_paths(out, stem, kind)
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -563,7 +565,7 @@ def train_and_score(args):
     print(f"miou {score['miou']:.4f}  miou_with_background {score['miou_with_background']:.4f}")
     write_json(out / "segment.json", {"settings": vars(args), "classes": train.classes, **score})
     saved = {"build": config, "model": net.cpu().state_dict(), "classes": list(train.classes),
-             "size": args.size, "white": train.white}
+             "size": args.size, "white": train.white, "iou": score["iou"]}
     write_atomically(out / "segment.pt", lambda path: torch.save(saved, path))
     rows = [(test.samples[i].kind, [images[i], overlay(images[i], target[i]), overlay(images[i], pred[i])])
             for i in range(0, len(test), math.ceil(len(test) / 12))]

@@ -37,7 +37,8 @@ WORDS = {word: meaning for meaning, words in {              # what folders are c
     "mask": "mask masks label labels lab gt ground_truth groundtruth annotation annotations anno ann seg "
             "segmentation segmentationclass",
     "photo": "image images img imgs photo photos jpegimages", "good": "good ok normal",
-    "train": "train training", "val": "val valid validation", "test": "test testing test_public",
+    "train": "train training", "val": "val valid validation eval dev",
+    "test": "test testing test_public holdout",
 }.items() for word in words.split()}
 PASSED_OVER = {"rgb_mask", "rbg_mask", "segmentationobject", "__macosx", "inference"}    # not labelled
 MASK_END = re.compile("(?i)([ _.-]+({})[0-9]*)+$".format("|".join(w for w in WORDS if WORDS[w] == "mask")))
@@ -133,9 +134,12 @@ def read_names(root):
     """{number: class} of YOLO's data.yaml, whose `names:` is a list or a table in any of YAML's forms."""
     text = "\n".join(read_text(path) for path in sorted(root.glob("*.y*ml")))
     block = re.search(r"(?m)^names[ \t]*:(.*(?:\n(?:[ \t\-\]}#].*)?$)*)", text)
-    entry = r"""(?:(\d+)[ \t]*:[ \t]+|-[ \t]+)?("[^"]*"|'[^']*'|[^\s,\[\]{}"'][^,\n\[\]{}]*)"""
-    found = re.findall(entry, re.sub(r"(?m)(^|\s)#.*$", "", block[1])) if block else []
-    return {int(number or at): name.strip().strip("'\"") for at, (number, name) in enumerate(found)}
+    quoted = r"""("[^"\n]*"|'(?:[^'\n]|'')*')"""
+    body = re.sub(quoted + r"|(?:^|\s)#.*", r"\1", block[1]) if block else ""                # no comments
+    ends = r",\n\[\]{}" if body.lstrip()[:1] in ("[", "{") else r"\n"      # in a list of lines a comma is text
+    entry = rf"""(?:(\d+)[ \t]*:[ \t]+|-[ \t]+)?(?:{quoted}|([^\s{ends}"'][^{ends}]*))"""
+    return {int(number or at): plain.strip() or quote[1:-1].replace("''", "'")
+            for at, (number, quote, plain) in enumerate(re.findall(entry, body))}
 
 
 def read_parts(path, names):
@@ -252,10 +256,13 @@ def read_codes(path, palette=False):
     """A mask file as int (H, W), 0xRRGGBB. palette: its colours count, not its numbers."""
     with naming(path, "replace it"), Image.open(path) as picture:
         values, mode = np.array(picture, int), picture.mode
+        clear = np.array(picture.getchannel("A")) < 128 if mode in ("LA", "RGBA") else np.zeros(1, bool)
         rgb = values if mode in ("L", "RGB") or mode[0] in "IF" else np.array(picture.convert("RGB"), int)
     if rgb.ndim == 2:
         return (rgb if (rgb % 257).any() else rgb // 257) * GREY        # 16 bit: 0 and 65535 are 0 and 255
     codes = rgb @ [0x10000, 0x100, 1]
+    if clear.any():                                         # what is seen through is background; black shapes
+        codes = np.where(clear, 0, codes if codes[~clear].any() else 0xFFFFFF)      # on it count as white ones
     numbered = mode == "P" and not palette and (codes % GREY).any()     # a grey palette holds the values
     return values * GREY if numbered else codes
 
@@ -297,6 +304,8 @@ def read_legends(root, labels, kinds, ask):
         demand(root, sorted(grey) * bool(ask.inverted), "class indices in masks", "leave --inverted away")
         demand(root, odd, "colours of masks, neither class indices nor 0 and 255",
                "pass --colours FILE with lines 'name:r,g,b', or --layout binary to cut greys at 128")
+        jpeg = [label.name for label in labels if label.name.lower().endswith((".jpg", ".jpeg"))]
+        demand(root, jpeg, "masks of class indices in JPEG, which changes them", "save them as PNG")
         return names or None, dict.fromkeys(kinds, {code: code // GREY for code in codes})
     if cut > 1 and not odd and grey & {*range(1, 16)}:
         demand(root, sorted(grey), "values in masks, class indices", "leave --layout binary away")
@@ -371,8 +380,8 @@ def upright(mask, photo):
 # --- pairing: what the names of folders and files say ---
 
 def words_of(folder):
-    """train_img says two things, img_dir one; black_dirt is a name."""
-    words = re.sub("(?i)[_-]dir$", "", folder).replace("-", "_").split("_")
+    """train_img says two things, img_dir and trainset one; black_dirt is a name."""
+    words = re.sub("(?i)([_-]dir|[_-]?set)$", "", folder).replace("-", "_").split("_")
     return words if all(word.lower() in WORDS for word in words) else [folder]
 
 
@@ -444,7 +453,8 @@ def match(root, photos, labels):
         near = [name for name in next((stems[way] for way in ways if way in stems), [])
                 if photos[name].split in ("", split) or not split
                 if photos[name].kind.endswith(kind) or kind.endswith(photos[name].kind)]
-        fits = [name for name in near if photos[name].kind == kind] or near
+        fits = ([name for name in near if photos[name].kind == kind]
+                or [name for name in near if photos[name].kind != "/good"] or near)
         partner[fits[0]].append(label) if len(fits) == 1 else lonely.append(label.name)
     demand(root, lonely, "labels without one photo of their name", "add, remove or rename files")
     return partner
@@ -457,6 +467,8 @@ def pair(root, photos, labels, unlabelled):
     demand(root, [] if unlabelled else bare, "photos without a label",
            "pass --unlabelled good if they have no defect, --unlabelled skip to leave them out")
     SAID[f"photos without a label, --unlabelled {unlabelled}"] = len(bare)
+    inside = sum(bool(place.split) for place in photos.values())
+    SAID["photos outside the folders that are splits"] = len(photos) - inside if inside else 0
     kinds = any(place.kind for place in photos.values()) or unlabelled == "good" and bare
     for name, (split, kind, _, stem) in photos.items():
         kind = kind.strip("/").replace("/", "_")

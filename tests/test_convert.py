@@ -320,7 +320,8 @@ def test_labelme_shapes(tmp_path):
 @pytest.mark.parametrize("names", [
     "names: [dirt, 'tear, long']  # two", "names:\n- dirt\n- \"tear, long\"\nnc: 2",
     "names:\n  0: dirt\n  1: 'tear, long'\ntrain: x", "nc: 2\nnames: {0: dirt, 1: 'tear, long'}\n",
-    "names: [\n  'dirt',\n  'tear, long'\n]\nval: [a, b]"])
+    "names: [\n  'dirt',\n  'tear, long'\n]\nval: [a, b]", "names:\n  - dirt # one\n  - tear, long\n",
+    "names:\n  1: tear, long\n  0: 'dirt'\n"])
 def test_yolo_polygons_and_names_in_each_form(names, tmp_path):
     line = "1 0.125 0.25 0.625 0.25 0.625 0.5 0.125 0.5\n"
     tree(tmp_path / "in", {"data.yaml": names, "train/images/a.png": GREY, "train/labels/a.txt": line,
@@ -333,6 +334,22 @@ def test_yolo_polygons_and_names_in_each_form(names, tmp_path):
     tree(tmp_path / "in", {"train/labels/a.txt": "0 0.5 0.5 0.1 0.1"})
     with pytest.raises(ValueError, match="a.txt: .* a box alone"):
         convert.convert(tmp_path / "in", tmp_path / "new")
+
+
+@pytest.mark.parametrize("text, names", [
+    ("names:\n- crack (deep)\n- oil [b]\n- dent {c}", ["crack (deep)", "oil [b]", "dent {c}"]),
+    ("names:\n  0: 'oil #2'  # c\n  1: \"a: 'b'\"\n", ["oil #2", "a: 'b'"]),
+    ("names: ['it''s one', b]", ["it's one", "b"]), ("names:\n - it's one\n - b\n", ["it's one", "b"])])
+def test_names_with_signs_of_yaml_in_them(text, names, tmp_path):
+    tree(tmp_path, {"data.yaml": text})
+    assert convert.read_names(tmp_path) == dict(enumerate(names))
+
+
+@pytest.mark.parametrize("colour", [0, 255])
+def test_masks_whose_shape_is_their_opacity(colour, tmp_path):
+    image = np.dstack([np.full((SIDE, SIDE, 3), colour), 255 * A])
+    tree(tmp_path / "in", {"images/a.png": GREY, "masks/a.png": image})
+    same(masks_of(tmp_path / "in", tmp_path / "out")[0], {"a": A})
 
 
 def test_colour_masks_by_labelmap_or_file(tmp_path):
@@ -382,6 +399,8 @@ def test_black_and_white_masks_by_folder(tmp_path, capsys):
     assert "classes overlap, the later one counts: 1" in capsys.readouterr().out
     tree(tmp_path / "beside", {"k1/a.png": GREY, "k1/a_label.bmp": 255 * A,
                                  "k2/a.png": GREY, "k2/a_label.bmp": 255 * A})
+    tree(tmp_path / "normal", {"normal/a.png": GREY, "abnormal/a.png": GREY, "mask/a.png": 255 * A})
+    same(masks_of(tmp_path / "normal", tmp_path / "out5")[0], {"good/a": blot(0, 0), "abnormal/a": A})
     with pytest.raises(ValueError, match="2 folders .*: k1, k2; pass --classes folder .* --classes one"):
         convert.convert(tmp_path / "beside", tmp_path / "new")
     same(masks_of(tmp_path / "beside", tmp_path / "out4", classes="one")[0], {"k1/a": A, "k2/a": A})
@@ -412,6 +431,10 @@ def test_what_cannot_be_known_is_asked_for(tmp_path, wrong):
     assert load(tmp_path / "3/classes.json") == {"0": "background", "1": "class_1"}
     tree(tmp_path / "in", {"masks/a.png": 85 * np.maximum(A, B)})
     wrong(r"neither class indices nor 0 and 255: \(85, 85, 85\), .*--colours FILE .*--layout binary")
+    (tmp_path / "in/masks/a.png").unlink()
+    tree(tmp_path / "in", {"masks/a.jpg": 3 * A})
+    wrong("1 masks of class indices in JPEG, which changes them: masks/a.jpg; save them as PNG")
+    (tmp_path / "in/masks/a.jpg").unlink()
     tree(tmp_path / "in", {"masks/a.png": A, "images/b.png": GREY})
     wrong("1 photos without a label: images/b.png; .*--unlabelled good .*--unlabelled skip")
     same(masks_of(tmp_path / "in", tmp_path / "4", unlabelled="good")[0], {"defect/a": A, "good/b": 0 * A})

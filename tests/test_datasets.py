@@ -532,21 +532,45 @@ def test_what_a_size_and_a_split_lose_is_counted_with_the_size_that_keeps_it(tmp
     words = "2 of 2 masks lose a defect at 12x16: a/0, a/1; --size (.*) (.*) keeps all"
     height, width = map(int, re.fullmatch(words, small).groups())
     assert all(open_dataset(tmp_path, (height, width), "train")[i][1].any() for i in (0, 1)) and height < 96
+    save(tmp_path / "mask/b/2_mask.png", np.zeros((96, 128)))                       # nothing at all
+    assert datasets.gaps(open_dataset(tmp_path, split="test")) == [
+        "no photo of the kinds a in split test", "no pixel of the classes crack, dirt in split test"]
+
+
+def test_indices_that_jpeg_has_changed_are_named_as_such(tmp_path):
+    save(tmp_path / "images/0.png", PIXELS)
+    save(tmp_path / "masks/0.jpg", np.eye(24, 32) * 60)
+    write_classes(tmp_path, CLASSES)
+    says("JPEG changes them: save masks as PNG", open_dataset(tmp_path).read_mask, 0)
+
+
+def test_good_photos_of_a_line_of_their_own_are_good(tmp_path):
+    for name in ("line1/crack/0", "line1/good/0", "good/0"):
+        save(tmp_path / f"images/{name}.png", PIXELS)
+    save(tmp_path / "masks/line1/crack/0.png", np.eye(24, 32))
+    data = open_dataset(tmp_path)
+    assert [data.samples[i].name for i in data.defective()] == ["line1/crack/0"]
 
 
 @pytest.mark.parametrize("folders, splits", [
     (("train", "val"), {"train": 3, "val": 3, "test": 3}),
     (("train", "testing"), {"train": 3, "test": 3}),
     (("Training/crack", "test/good"), {"train": 3, "test": 3}),
-    (("train", "crack"), {})])                                  # beside a kind it is a kind
+    (("training_set", "dev"), {"train": 3, "val": 3, "test": 3}),
+    (("trainset", "holdout-set"), {"train": 3, "test": 3}),
+    (("train", "crack"), None)])                                # a split, or a kind?
 def test_folders_called_train_val_test_are_splits_unless_split_json_says_otherwise(tmp_path, folders, splits):
     for folder, n in ((folder, n) for folder in folders for n in range(3)):
         save(tmp_path / f"images/{folder}/{n}.png", PIXELS)
         save(tmp_path / f"masks/{folder}/{n}.png", np.eye(24, 32))
-    data = open_dataset(tmp_path)
-    assert {name: len(part) for name, part in data.splits.items()} == splits
-    inside = {folder.partition("/")[2] if splits else folder for folder in folders}
-    assert data.kinds == inside and len(open_dataset(tmp_path, split="train")) == (3 if splits else 6)
+    if splits is None:
+        says("images holds crack beside a folder of the split train; call such .*split.json", open_dataset,
+             tmp_path)
+    else:
+        data = open_dataset(tmp_path)
+        assert {name: len(part) for name, part in data.splits.items()} == splits
+        assert data.kinds == {folder.partition("/")[2] for folder in folders}
+        assert len(open_dataset(tmp_path, split="train")) == 3
     write_json(tmp_path / "split.json", {"train": [f"{folders[0]}/0"]})
     assert names(tmp_path, split="train") == [f"{folders[0]}/0"]
 

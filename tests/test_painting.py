@@ -117,8 +117,8 @@ def test_what_does_not_fit_is_a_sentence(painter, data, tmp_path, monkeypatch, f
 
 def test_a_judge_scores_the_fit_and_what_fits_badly_is_painted_again(painter, data, tmp_path, monkeypatch):
     shown = iter([0.1, 0.9, 0.9, 0.1, 0.1, 0.1, 0.1, 0.1, 0.9])
-    judge = (lambda images: images[:, 0]), None, None
-    monkeypatch.setattr(sample, "load_segmenter", lambda path, device: judge)
+    saved = {"classes": open_dataset(data).classes}
+    monkeypatch.setattr(sample, "load_segmenter", lambda path, device: (lambda images: images[:, 0], saved))
     monkeypatch.setattr(sample, "mask_fit", lambda seen, masks: torch.tensor([next(shown)]))
     records, _ = paint(painter, "--photos", data, "--judge", "segment.pt", "--min-fit", 0.5)
     assert {int(name): record["tries"] for name, record in records.items()} == {0: 2, 1: 1, 3: 1}

@@ -1,5 +1,6 @@
 """Claims about segment.py. CPU, no download; transformers is compared with where it is installed."""
 import json
+import math
 
 import numpy as np
 import pytest
@@ -358,11 +359,12 @@ def test_new_photos_get_masks_of_their_own_size_that_the_rules_read(tmp_path, mo
     write_image(photos / "line/grey.png", random.integers(0, 256, (1, 32, 32), np.uint8))
     net = build("segformer", 3)
     saved = {"build": dict(arch="segformer", num_classes=3), "model": net.state_dict(), "size": [32, 32],
-             "classes": ["background", "crack", "dirt"]}
+             "classes": ["background", "crack", "dirt"], "white": None, "iou": [0.9, 0.0, math.nan]}
     torch.save(saved, tmp_path / "segment.pt")
     flags = ["--predict", str(photos), "--weights", str(tmp_path / "segment.pt"), "--out", str(out)]
     monkeypatch.setattr("sys.argv", ["segment.py", *flags])
     segment.main()
+    assert "on its test photos this segmenter saw no crack; train" in capsys.readouterr().out
     masks = {path.relative_to(out).as_posix(): path for path in (out / "mask").rglob("*.png")}
     assert set(masks) == {"mask/a_mask.png", "mask/line/b_mask.png", "mask/line/grey_mask.png"}
     assert Image.open(masks["mask/line/b_mask.png"]).size == (33, 70)
