@@ -39,8 +39,8 @@ LAYOUTS = """  image/<kind>/<stem>.png with mask/<kind>/<stem>_mask.png, class i
   images/train/..., images/val/... with masks/train/..., masks/val/...: likewise, in splits
   test/<kind>/<stem>.png with ground_truth/<kind>/<stem>_mask.png, 0/255: the class is the kind (MVTec AD)"""
 CONVERT = "Convert any other layout with: python data/convert.py {} --out NEW"
-SPLITS = dict(train="train", training="train", val="val", valid="val", validation="val", eval="val", dev="val",
-              test="test", testing="test", holdout="test")
+SPLITS = dict(train="train", training="train", val="val", valid="val", validation="val", eval="val",
+              dev="val", test="test", testing="test", holdout="test")
 GOOD_KINDS = {"good", "ok", "Normal", "MT_Free"}    # products without a defect; they may come without masks
 FEW_SHOT = 5                        # images per kind that train where there is no split (the authors' rule)
 AUGMENTATIONS = ("flip", "turn")

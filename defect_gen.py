@@ -28,11 +28,11 @@ from diffusion import noise_for, q_sample, sample, schedule, timesteps, to_x_sta
 from unet import UNet, receptive_field
 
 STAGES = ("large", "small")
-NUM_STEPS = 40      # of sampling: 97 % of the defects that 1 % of photos have still come, at 20 steps 84 %
-PAINT_STEPS, REPEATS = 20, 10       # of painting: timesteps, how often each is taken; see docs/results.md
+NUM_STEPS = 40      # of sampling: a defect of 1 % of the photos comes 97 % as often; after 20 steps 84 %
+PAINT_STEPS, REPEATS = 20, 10       # of painting: timesteps, how often each is taken (diffusion.sample)
 NOISE_SCALE = 1.02  # of small after a plan: its pictures have too little grain without, see docs/results.md
 SWITCH_T = 400      # the released script's value; the paper's own u is reported ambiguously (50 in one place)
-IMAGE_STD = 0.7     # of the standardised image channels, close to that of masks, whose values are -1 and 1
+IMAGE_STD = 0.7     # of the standardised image channels: most of their values lie in [-1, 1], as masks do
 Known = namedtuple("Known", "x_start where")        # two joints: x_0, and bool, true where it is known
 TILE = 512          # px; a small network that sees patches goes over larger pictures piece by piece
 
@@ -125,10 +125,10 @@ def sight(net):
     return receptive_field(net) / 2 if net.config["norm"] == "local" else math.inf
 
 
-def in_sight(net, first, last):
-    """The rows, or columns, that a net needs to draw first .. last - 1: a slice, which may end outside."""
+def in_sight(net, first, stop):
+    """The rows, or columns, that a net needs to draw first .. stop - 1: a slice, which may end outside."""
     step, margin = 2 ** net.depth, math.ceil(min(sight(net), 1 << 30))
-    return slice(max(0, first - margin) // step * step, math.ceil((last + margin) / step) * step)
+    return slice(max(0, first - margin) // step * step, math.ceil((stop + margin) / step) * step)
 
 
 def surroundings(free, net):
@@ -267,8 +267,7 @@ class DefectGen:
                                  f"{low} <= t < {high}: use {least} to {most}, or train with --t-range full")
         return steps
 
-    def paint(self, images, masks, regions, seeds, mask_given=True, num_steps=PAINT_STEPS,
-              repeats=REPEATS):
+    def paint(self, images, masks, regions, seeds, mask_given=True, num_steps=PAINT_STEPS):
         """Draw into photos: what is outside a region is known, inside it the image is drawn to fit the mask.
 
         A region of the whole picture makes an image for a mask. One pair at a time: the small network goes
@@ -278,16 +277,14 @@ class DefectGen:
             images:  uint8 (N, C, H, W), of the run's size.
             masks:   uint8 (N, H, W), how they shall be; inside the regions only if mask_given, else drawn.
             regions: bool (N, H, W).
-            repeats: of each step, so that what is drawn agrees with what is known: see diffusion.sample.
         Returns: images uint8 (N, C, H, W), unchanged outside the regions, and masks uint8 (N, H, W).
         """
         steps, painted = self.timesteps(num_steps, "logsnr", SWITCH_T), []
-        sampler = "ddpm" if repeats > 1 else "dpm++"
         for image, mask, region, seed in zip(images, masks, regions, seeds):
             x_start = self.joint.encode(image[None].to(self.device), mask[None].to(self.device))
             free = torch.stack([region] * len(image) + [region & (not mask_given)] * len(self.classes))
             known = Known(x_start, ~free[None].to(self.device))
-            joint = self.draw([seed], steps, sampler, SWITCH_T, self.size, known, repeats)
+            joint = self.draw([seed], steps, "ddpm", SWITCH_T, self.size, known, REPEATS)
             new_image, new_mask = (part[0].cpu() for part in self.joint.decode(joint))
             painted.append((torch.where(region, new_image, image), torch.where(region, new_mask, mask)))
         return tuple(map(torch.stack, zip(*painted)))
@@ -393,7 +390,8 @@ def main():
     seen = []                                                       # (t, x_t, pred_x_start) of each step
     draw(on_step=lambda *step: seen.append(step))
     by_large = [x_t.shape[2:] != size or t >= args.switch_t for t, x_t, _ in seen]  # a plan has its own size
-    titles = [f"{'large' if large else 'small'} t={t}" for large, (t, _, _) in zip(by_large, seen)]
+    names = [("large " if large else "small ") if args.run else "" for large in by_large]   # else no network
+    titles = [f"{name}t={t}" for name, (t, _, _) in zip(names, seen)]
     noisy, predicted = (torch.cat([F.interpolate(step[k], size) for step in seen]) for k in (1, 2))
     images, masks = (part.cpu() for part in joint.decode(predicted))
     overlays = list(map(overlay, images, masks))

@@ -183,7 +183,7 @@ def judge(mask, standard, classes, image="mask", native_size=None) -> list[Findi
         raise ValueError(f"{image}: class {unnamed[0]!r} is in the mask, but no rule of standard "
                          f'{standard.name!r} names it; add one, or change "unnamed"')
     findings, why = [], f"no rule names this class (unnamed: {standard.unnamed})"
-    for rule in standard.rules + tuple(Rule(why, (c,), None) for c in unnamed):
+    for rule in standard.rules + tuple(Rule(why, (c,), None) for c in unnamed):     # these without a limit
         if present.isdisjoint(rule.classes):
             continue
         inside = np.isin(mask, [classes.index(c) for c in rule.classes])
@@ -396,7 +396,10 @@ def listed(names, most=8):
 
 
 def grouped(named):
-    """The sentences of [(name, sentence), ...]; those that differ in paths and numbers alone are one."""
+    """The sentences of [(name, sentence), ...]; those that differ in paths and numbers alone are one:
+
+    "3 files, a, b, c; of the first: in/a.png is 24x32 but ..."
+    """
     groups = {}
     for name, sentence in named:
         groups.setdefault(re.sub(r"\S*[/\\]\S*|[\d, ]+", "", sentence), {})[name] = sentence
@@ -522,8 +525,9 @@ def inspect_folder(args) -> int:
         verdicts[image] = verdict(findings)
         print(f"{image}: {verdicts[image]}", *findings, sep="\n    ")
         scale = math.prod(standard.native_size or mask.shape) / mask.size
-        none = image, "(no defect)", 0.0, None, "accept", "", "area_px", "image", 0.0, *[None] * 5, 0, scale
-        rows += [finding.row() for finding in findings] or [none]
+        none = Finding(image, "(no defect)", 0.0, None, "accept", "", "area_px", "image", 0.0, None, (), 0,
+                       scale, None)
+        rows += [finding.row() for finding in findings or [none]]
     if args.csv:
         with open(f"{args.csv}.tmp", "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             csv.writer(file).writerows([COLUMNS, *rows])

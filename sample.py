@@ -13,7 +13,6 @@ are skipped, so an interrupted command is simply run again; several machines sha
 import argparse
 import contextlib
 import csv
-import itertools
 import math
 import re
 from collections import Counter
@@ -285,7 +284,7 @@ class Wishes:
                        for k, has in found.items() if has.any()}
         files = {} if args.masks in MASKS else images_in(Path(args.masks))
         samples = [Sample(stem.removesuffix("_mask"), None, path) for (_, stem), path in files.items()]
-        self.given = DefectDataset(args.masks, generator.classes, samples, channels=1)
+        self.given = DefectDataset(args.masks, generator.classes, samples, channels=3)
         if not samples and args.masks not in MASKS:
             raise ValueError(f"--masks {args.masks}: expected {', '.join(MASKS)} or a folder of index masks")
         if not self.donors and args.masks == "training":
@@ -309,7 +308,7 @@ class Wishes:
             i, turns = torch.randint(len(shapes), (), generator=random), self.generator.config["augment"]
             areas, on = shapes.flatten(1).sum(1), images[i] if photo is None else photo
             mask = moved(shapes[i], images[i], on, centres, room, "turn" in turns, areas, random)
-            return None if mask is None else mask.byte() * k, "training"
+            return (None if mask is None else mask.byte() * k), "training"
         if self.args.masks == "generated":
             switch_t = 0 if self.generator.plan_size != self.generator.size else SWITCH_T     # 0: the plan
             mask, source = self.generator.sample([seed], switch_t=switch_t)[1][0], "generated"
@@ -374,8 +373,8 @@ class Painter:
         if self.photos:
             i = (seed + n) % len(self.photos)
             return self.photos.samples[i].name, *self.photos.read(i, size)
-        black = torch.zeros(self.generator.config["channels"] + 1, *self.generator.size, dtype=torch.uint8)
-        return "", black[1:], black[0]
+        black = torch.zeros(self.generator.config["channels"], *self.generator.size, dtype=torch.uint8)
+        return "", black, torch.zeros_like(black[0])
 
     def paint(self, before, old, mask, seed):
         """(image, region) of a photo of the run's size with the mask `old`, to which a defect's is added."""
@@ -420,12 +419,13 @@ def paint_pairs(args):
     source = out / "source.json"
     records, seeds = read_json(source) if source.exists() else {}, args.seeds or list(range(args.count))
     failed = Counter()
-    for seed, n in tqdm(list(itertools.product(seeds, range(TRIES))), unit="try"):
-        if f"{seed:06d}" in records:
-            continue
-        pair = painter.attempt(seed, n)
-        if isinstance(pair, str):
+    for seed in tqdm([seed for seed in seeds if f"{seed:06d}" not in records], unit="pair"):
+        for n in range(TRIES):
+            pair = painter.attempt(seed, n)
+            if not isinstance(pair, str):
+                break
             failed[pair] += 1
+        else:
             continue
         image, mask, records[f"{seed:06d}"] = pair
         write_pair(out, f"{seed:06d}", image, mask, PAINTED)

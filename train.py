@@ -257,7 +257,7 @@ def build(network, config, device):
     return net, deepcopy(net).requires_grad_(False), optimizer
 
 
-def show_plan(flags):
+def show_stages(flags):
     """Say what both stages would be, and check data and flags on the way."""
     flags.resume = True                                         # what is there already does not matter
     for stage in STAGES:
@@ -415,7 +415,7 @@ def main():
     """Train alone, or as one of the processes of torchrun, of which the first speaks for all."""
     with redirect_stdout(open(os.devnull, "w")) if int(os.environ.get("RANK", 0)) else nullcontext():
         args = parse_args()
-        status = train(args) if args.stage else show_plan(args)
+        status = train(args) if args.stage else show_stages(args)
     if dist.is_initialized():                                   # not after an error: the others may be lost
         dist.barrier()                      # none ends while another writes, or while gloo holds tensors
         dist.destroy_process_group()

@@ -197,7 +197,7 @@ class UNet(nn.Module):
         emb = self.embed(timestep_embedding(t, self.config["channels"]).to(dtype))    # (B or 1, 4 * channels)
         h, skips = self.input(x.to(dtype)), []
         for layer in self.down:
-            skips.append(h)
+            skips.append(h)                                     # a layer's input is its skip
             h = layer(h, emb) if isinstance(layer, Block) else layer(h)
         if self.config["middle"]:
             skips.append(h)

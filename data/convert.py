@@ -135,8 +135,8 @@ def read_names(root):
     text = "\n".join(read_text(path) for path in sorted(root.glob("*.y*ml")))
     block = re.search(r"(?m)^names[ \t]*:(.*(?:\n(?:[ \t\-\]}#].*)?$)*)", text)
     quoted = r"""("[^"\n]*"|'(?:[^'\n]|'')*')"""
-    body = re.sub(quoted + r"|(?:^|\s)#.*", r"\1", block[1]) if block else ""                # no comments
-    ends = r",\n\[\]{}" if body.lstrip()[:1] in ("[", "{") else r"\n"      # in a list of lines a comma is text
+    body = re.sub(quoted + r"|(?:^|\s)#.*", r"\1", block[1]) if block else ""        # without comments
+    ends = r",\n\[\]{}" if body.lstrip()[:1] in ("[", "{") else r"\n"      # in a list of lines , is text
     entry = rf"""(?:(\d+)[ \t]*:[ \t]+|-[ \t]+)?(?:{quoted}|([^\s{ends}"'][^{ends}]*))"""
     return {int(number or at): plain.strip() or quote[1:-1].replace("''", "'")
             for at, (number, quote, plain) in enumerate(re.findall(entry, body))}
@@ -261,8 +261,8 @@ def read_codes(path, palette=False):
     if rgb.ndim == 2:
         return (rgb if (rgb % 257).any() else rgb // 257) * GREY        # 16 bit: 0 and 65535 are 0 and 255
     codes = rgb @ [0x10000, 0x100, 1]
-    if clear.any():                                         # what is seen through is background; black shapes
-        codes = np.where(clear, 0, codes if codes[~clear].any() else 0xFFFFFF)      # on it count as white ones
+    if clear.any():                     # what is seen through is background; black shapes count as white ones
+        codes = np.where(clear, 0, codes if codes[~clear].any() else 0xFFFFFF)
     numbered = mode == "P" and not palette and (codes % GREY).any()     # a grey palette holds the values
     return values * GREY if numbered else codes
 

@@ -294,12 +294,15 @@ def test_a_known_pixel_tells_the_other_nearly_as_much_as_in_a_gaussian(trained, 
 
 
 @pytest.mark.parametrize("stages", ["trained", "relay"])            # of one size, of two
-def test_painting_changes_the_region_alone_and_a_region_of_everything_is_a_drawn_pair(stages, data, request):
+def test_painting_changes_the_region_alone_and_a_region_of_everything_is_a_drawn_pair(stages, data, request,
+                                                                                        monkeypatch):
     generator = DefectGen.load(request.getfixturevalue(stages))
     images, masks = open_dataset(data, (16, 16)).subset([0, 1]).tensors()
     everything, region = torch.ones(2, 16, 16, dtype=torch.bool), torch.zeros(2, 16, 16, dtype=torch.bool)
-    drawn = generator.paint(images, masks, everything, [4, 5], mask_given=False, num_steps=6, repeats=1)
-    assert all(map(torch.equal, drawn, generator.sample([4, 5], 6)))
+    with monkeypatch.context() as patch:
+        patch.setattr(defect_gen, "REPEATS", 1)
+        drawn = generator.paint(images, masks, everything, [4, 5], mask_given=False, num_steps=6)
+    assert all(map(torch.equal, drawn, generator.sample([4, 5], 6, "ddpm")))
     region[:, 3:9, 5:12] = True
     for mask_given in (True, False):
         new_images, new_masks = generator.paint(images, masks, region, [4, 5], mask_given, 6)
