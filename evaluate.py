@@ -206,7 +206,7 @@ class TrainedRun:
                              f"{shared[0]} among them; choose another split")
 
     def open(self, split):
-        return open_dataset(self.data, self.size, split, self.config.get("object"))
+        return open_dataset(self.data, self.size, split, self.config["object"])
 
     def network(self, arch, images, masks, table, num_classes, seed, steps):
         """A network trained on pairs that are drawn by `table`, see segment.fit."""
@@ -535,7 +535,7 @@ def write_report(folder, metrics, lead):
     parts = ["<!doctype html><html lang=en><head><meta charset=utf-8>",
              "<meta name=viewport content='width=device-width,initial-scale=1'>",
              f"<title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>"]
-    wrong = [sentence for result in metrics.values() for sentence in result.get("wrong", ())]
+    wrong = [sentence for result in metrics.values() for sentence in result["wrong"]]
     parts += [f"<p class=wrong>{html.escape(sentence)}</p>" for sentence in dict.fromkeys(wrong)]
     missing = " and ".join(name for name in EXPERIMENTS if name not in metrics)
     parts.append(f"<p>{html.escape(lead + f' Not run: {missing}.' * bool(missing))}</p>")

@@ -176,7 +176,7 @@ def draw_pairs(args):
     write_sheet(out, pairs)
     print(f"masks: {mask_shares(pairs)}")
     with contextlib.suppress(OSError, ValueError):                  # the photos may lie on another machine
-        train = open_dataset(config["data"], split=config["split"], object=config.get("object"))
+        train = open_dataset(config["data"], split=config["split"], object=config["object"])
         print(f"trained on: {mask_shares(train.subset(train.defective()))}")
     print(f"{kept} pairs in {out}, {drawn} drawn now, contact sheet {out / 'sheet.png'}")
     if out == Path(args.run) / "samples":
@@ -200,7 +200,7 @@ def open_photos(args, generator):
         photos = DefectDataset(spec, generator.classes, samples, channels_of(samples))
     if not len(photos):
         raise ValueError(f"--photos {spec}: no photos in this folder")
-    photos.white = generator.config.get("white") or photos.white
+    photos.white = generator.config["white"] or photos.white
     if photos.channels != channels:
         raise ValueError(f"--photos {spec}: they have {photos.channels} channels, those that {args.run} was "
                          f"trained on {channels}; convert them")
@@ -276,7 +276,7 @@ class Wishes:
 
     def __init__(self, args, generator):
         self.args, self.generator, config = args, generator, generator.config
-        train = open_dataset(config["data"], generator.size, config["split"], config.get("object"))
+        train = open_dataset(config["data"], generator.size, config["split"], config["object"])
         self.train = train.subset(train.defective()).tensors()
         names = [args.defect] if args.defect else generator.classes[1:]
         found = {k: (self.train[1] == k).flatten(1).any(1) for k in map(generator.classes.index, names)}

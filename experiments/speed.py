@@ -207,7 +207,7 @@ def sampling(args, device):
     """Few steps against 1000 on a run: time, distance to the pictures of 1000 and to photos, defects."""
     generator, long = DefectGen.load(args.run, device), 20 if args.quick else 1000
     config = generator.config
-    splits = [open_dataset(config["data"], generator.size, split, config.get("object"))
+    splits = [open_dataset(config["data"], generator.size, split, config["object"])
               for split in (config["split"], "test")]
     pairs = [part.subset(part.defective()).tensors() for part in splits]
     photos, truths = (torch.cat(parts) for parts in zip(*pairs))
