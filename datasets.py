@@ -40,7 +40,7 @@ LAYOUTS = """  image/<kind>/<stem>.png with mask/<kind>/<stem>_mask.png, class i
   test/<kind>/<stem>.png with ground_truth/<kind>/<stem>_mask.png, 0/255: the class is the kind (MVTec AD)"""
 CONVERT = "Convert any other layout with: python data/convert.py {} --out NEW"
 SPLITS = dict(train="train", training="train", val="val", valid="val", validation="val", eval="val",
-              dev="val", test="test", testing="test", holdout="test")
+              dev="val", test="test", testing="test", test_public="test", holdout="test")
 GOOD_KINDS = {"good", "ok", "Normal", "MT_Free"}    # products without a defect; they may come without masks
 FEW_SHOT = 5                        # images per kind that train where there is no split (the authors' rule)
 AUGMENTATIONS = ("flip", "turn")
@@ -117,8 +117,8 @@ def white_of(paths):
 
 
 def split_of(folder):
-    """The split that a folder is called after, "train" of Train, training_set or trainset; else None."""
-    return SPLITS.get(re.sub("[ _-]?set$", "", folder.lower()))
+    """The split that a folder is called after, "train" of Train, Training Set or train2017; else None."""
+    return SPLITS.get(re.sub("[ _-]?set$|[0-9]{4}$", "", folder.lower()))
 
 
 def is_good(kind):
@@ -192,7 +192,7 @@ class DefectDataset:
             values, jpeg = np.unique(mask)[:12].tolist(), path.suffix.lower() in (".jpg", ".jpeg")
             raise ValueError(f"{path}: mask has the values {values} but the classes are 0.."
                              f"{len(self.classes) - 1} ({classes}); "
-                             + ("JPEG changes them: save masks as PNG" if jpeg else
+                             + ("JPEG changes them: export masks anew as PNG" if jpeg else
                                 "add what is missing to classes.json"))
         return mask.astype(np.uint8)
 
@@ -321,7 +321,7 @@ def find_dataset(spec, object=None):
         raise FileNotFoundError(f"--object {object}: not in {root}; there are {listed(objects, 60)}")
     if all(map(split_of, objects)):
         raise ValueError(f"--data {root} holds {', '.join(objects)}: splits of one object? "
-                         + CONVERT.format(root))
+                         + CONVERT.format(root) + f". Or name one: --data {root}/{[*objects][0]}")
     if len(wanted) > 1:
         raise ValueError(f"--data {root} holds several; choose one with --object: {listed(wanted, 60)}")
     return read_folder(*objects[wanted[0]])
@@ -346,11 +346,10 @@ def read_folder(photos, masks):
     splits, folders = read_splits(root / "split.json"), {}
     for sample in samples:
         folders.setdefault(split_of(sample.kind.split("/")[0]), []).append(sample.name)
-    if photos.name != "test" and not splits and folders.keys() >= {None, "train"}:
-        others = sorted({name.split("/")[0] for name in folders[None]})
-        raise ValueError(f"{photos} holds {listed(others)} beside a folder of the split train; call such "
-                         "folders train, val or test, or write a split.json")
-    if photos.name != "test" and folders and None not in folders and not splits:    # all are splits
+    if photos.name != "test" and folders.keys() - {None} and not splits:
+        if others := sorted({name.split("/")[0] for name in folders.pop(None, [])}):
+            raise ValueError(f"{photos}: {listed(others)} lie beside the folder of a split ({min(folders)}); "
+                             "move them into train, val or test, or list all names in a split.json")
         samples = [sample._replace(kind=sample.kind.partition("/")[2]) for sample in samples]
         splits = {**folders, "test": folders.get("test") or folders.get("val", [])}
     return DefectDataset(name, classes, samples, channels_of(samples), splits, notes, problems)
@@ -643,8 +642,8 @@ def gaps(dataset, finer=1):
              if dataset.samples[i].mask and dataset.classes_in(i)}
     here, at_size = dataset.split_rule.split(":")[0], {i: left(i) for i in whole} if dataset.size else whole
     kinds = {kind for kind in dataset.kinds if not is_good(kind)} - {s.kind for s in dataset.samples}
-    drawn = not any(sample.mask for sample in dataset.samples)              # their masks are not looked at
-    seen = range(len(dataset.classes)) if drawn else {0}.union(*at_size.values())
+    read = [i for i, s in enumerate(dataset.samples) if s.mask and dataset.classes_in(i) is not None]
+    seen = {0}.union(*at_size.values()) if read else range(len(dataset.classes))    # drawn ones are not read
     unseen = [name for k, name in enumerate(dataset.classes) if k not in seen]
     lines = [f"no photo of the kinds {listed(sorted(kinds))} in {here}"] if kinds else []
     lines += [f"no pixel of the classes {listed(unseen)} in {here}"] if unseen else []

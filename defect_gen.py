@@ -187,8 +187,8 @@ def load_stage(folder, stage, step=None):
     except Exception as error:      # the reader raises many types; to the user they are one fact
         reason = str(error).partition("\n")[0][:80]
         raise ValueError(f"{path}: damaged, or not written by this program ({reason}); remove it") from None
-    if "statistics" not in checkpoint["config"]:
-        raise ValueError(f"{path}: of an older version, whose images were not standardised; train again")
+    if not {"statistics", "white"} <= checkpoint["config"].keys():
+        raise ValueError(f"{path}: of an older version, which read images otherwise; train again")
     if holds != stage:
         raise ValueError(f"{path}: holds the {holds} stage, not {stage}; are large/ and small/ swapped?")
     return checkpoint

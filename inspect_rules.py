@@ -341,7 +341,7 @@ def read_json(path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))     # -sig: some editors add a mark
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
+        raise ValueError(f"{path}: cannot be read as JSON in UTF-8: {error}") from None
 
 
 def read_classes(path) -> tuple:
@@ -492,6 +492,7 @@ def open_masks(args, standard):
         with suppress(ValueError):                                # verdicts need the mask alone
             image = data.read(i)[0]
             return Image.fromarray(image.expand(3, *image.shape[1:]).permute(1, 2, 0).numpy())
+        return read_photo(data.samples[i].image)
     return data.classes, args.data, {
         sample.name: (sample.mask or sample.name, partial(data.read_mask, i), partial(photo_of, i))
         for i, sample in enumerate(data.samples)}

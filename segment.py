@@ -475,6 +475,8 @@ def load_segmenter(path, device="cpu"):
         raise
     except Exception as error:      # the reader raises many types; to the user they are one fact
         raise ValueError(f"{path}: damaged, or not written by segment.py ({str(error)[:80]})") from None
+    if "iou" not in saved:
+        raise ValueError(f"{path}: of an older segment.py; train it again")
     device = torch.device(device)
     net.to(device)
 
@@ -526,8 +528,8 @@ def predict_photos(args):
     if not photos:
         raise ValueError(f"--predict {args.predict}: no photos in this folder, or no such folder")
     begin(out, saved["classes"], {"weights": fingerprint(Path(args.weights))})
-    if missed := [name for name, iou in zip(saved["classes"], saved["iou"]) if not iou]:
-        print(f"warning: on its test photos this segmenter saw no {', '.join(missed)}; train it for longer")
+    if missed := [name for name, iou in zip(saved["classes"][1:], saved["iou"][1:]) if not iou]:
+        print(f"warning: this segmenter found no {', '.join(missed)} in its test photos; train it for longer")
     white = saved["white"] or white_of(photos.values())
     for (kind, stem), path in tqdm(photos.items(), unit="photo"):
         link, mask_path, *_ = pair_paths(out, stem, kind)

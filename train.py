@@ -206,7 +206,10 @@ def prepare(args, processes):
     device = pick_device(args.device)
     dataset = open_dataset(args.data, args.size, args.split, args.object)
     print(describe(dataset))
+    found = len(dataset)
     dataset = dataset.subset(dataset.defective())
+    if len(dataset) < found:
+        print(f"  left out: {found - len(dataset)} without a defect")
     if not len(dataset):
         raise ValueError(f"--data {args.data}, split {args.split}: no photo has a defect to learn")
     for sentence in gaps(dataset, FINER if args.soft_masks else 1):

@@ -40,6 +40,7 @@ WORDS = {word: meaning for meaning, words in {              # what folders are c
     "train": "train training", "val": "val valid validation eval dev",
     "test": "test testing test_public holdout",
 }.items() for word in words.split()}
+SPLITS = "train", "val", "test"
 PASSED_OVER = {"rgb_mask", "rbg_mask", "segmentationobject", "__macosx", "inference"}    # not labelled
 MASK_END = re.compile("(?i)([ _.-]+({})[0-9]*)+$".format("|".join(w for w in WORDS if WORDS[w] == "mask")))
 NOT_CLASSES = {"background": 0, "_background_": 0, "ignore": 255, "__ignore__": 255, "void": 255}
@@ -104,8 +105,8 @@ def read_classes(root):
 
 def read_splits(root):
     """{"<kind>/<stem>": [split, ...]} of a split.json or of VOC's lists; {} where there is none."""
-    splits, voc = {}, root.glob("ImageSets/Segmentation/*.txt")
-    lists = read_json(root / "split.json") or {p.stem: read_text(p).split() for p in voc if p.stem in WORDS}
+    splits, voc = {}, [p for p in root.glob("ImageSets/Segmentation/*.txt") if p.stem in WORDS]
+    lists = read_json(root / "split.json") or {WORDS[path.stem]: read_text(path).split() for path in voc}
     with naming(root / "split.json", 'write {"train": ["<kind>/<stem>", ...]}'):
         for split, names in lists.items():
             for name in names:
@@ -131,13 +132,13 @@ def read_captions(path, product):
 # --- labels that are shapes: (H, W), [(class, polygons or run lengths)] of each photo ---
 
 def read_names(root):
-    """{number: class} of YOLO's data.yaml, whose `names:` is a list or a table in any of YAML's forms."""
+    """{number: class} of YOLO's data.yaml: `names:` is a list or a table in one of YAML's usual forms."""
     text = "\n".join(read_text(path) for path in sorted(root.glob("*.y*ml")))
     block = re.search(r"(?m)^names[ \t]*:(.*(?:\n(?:[ \t\-\]}#].*)?$)*)", text)
     quoted = r"""("[^"\n]*"|'(?:[^'\n]|'')*')"""
-    body = re.sub(quoted + r"|(?:^|\s)#.*", r"\1", block[1]) if block else ""        # without comments
+    body = re.sub(rf"(?<![^\s,\[{{]){quoted}|(?:^|\s)#.*", r"\1", block[1]) if block else ""   # no comments
     ends = r",\n\[\]{}" if body.lstrip()[:1] in ("[", "{") else r"\n"      # in a list of lines , is text
-    entry = rf"""(?:(\d+)[ \t]*:[ \t]+|-[ \t]+)?(?:{quoted}|([^\s{ends}"'][^{ends}]*))"""
+    entry = rf"""(?:["']?(\d+)["']?[ \t]*:[ \t]+|-[ \t]+)?(?:{quoted}|([^\s{ends}"'][^{ends}]*))"""
     return {int(number or at): plain.strip() or quote[1:-1].replace("''", "'")
             for at, (number, quote, plain) in enumerate(re.findall(entry, body))}
 
@@ -256,13 +257,16 @@ def read_codes(path, palette=False):
     """A mask file as int (H, W), 0xRRGGBB. palette: its colours count, not its numbers."""
     with naming(path, "replace it"), Image.open(path) as picture:
         values, mode = np.array(picture, int), picture.mode
-        clear = np.array(picture.getchannel("A")) < 128 if mode in ("LA", "RGBA") else np.zeros(1, bool)
+        clear = np.array(picture.getchannel("A")) == 0 if mode in ("LA", "RGBA") else np.False_
         rgb = values if mode in ("L", "RGB") or mode[0] in "IF" else np.array(picture.convert("RGB"), int)
     if rgb.ndim == 2:
         return (rgb if (rgb % 257).any() else rgb // 257) * GREY        # 16 bit: 0 and 65535 are 0 and 255
     codes = rgb @ [0x10000, 0x100, 1]
-    if clear.any():                     # what is seen through is background; black shapes count as white ones
-        codes = np.where(clear, 0, codes if codes[~clear].any() else 0xFFFFFF)
+    if clear.any():                                                     # what is seen through is background
+        if codes.any() if clear.all() else not codes[~clear].any():
+            raise Wrong(f"{path}: what shows the defects, its colours or its transparency? Save it without "
+                        "transparency, defects white on black")
+        codes = np.where(clear, 0, codes)
     numbered = mode == "P" and not palette and (codes % GREY).any()     # a grey palette holds the values
     return values * GREY if numbered else codes
 
@@ -280,9 +284,10 @@ def read_legends(root, labels, kinds, ask):
 
     kinds: {name of a mask: its folder or its photo's, which may be its class}.
     """
-    codes, white, size, names = set(), 0, 0, read_classes(root)
+    codes, white, size, names, jpeg = set(), 0, 0, read_classes(root), []
     for label in labels:
         found = label.content()
+        jpeg += [label.name] * bool(found.any() and re.search(r"(?i)\.(jpe?g?|jfif)$", label.name))
         codes |= {*np.unique(found).tolist()}
         white, size = white + (found >= 128 * GREY).sum(), size + found.size
     rgb = {code: (code >> 16, code >> 8 & 255, code & 255) for code in sorted(codes)}
@@ -304,8 +309,9 @@ def read_legends(root, labels, kinds, ask):
         demand(root, sorted(grey) * bool(ask.inverted), "class indices in masks", "leave --inverted away")
         demand(root, odd, "colours of masks, neither class indices nor 0 and 255",
                "pass --colours FILE with lines 'name:r,g,b', or --layout binary to cut greys at 128")
-        jpeg = [label.name for label in labels if label.name.lower().endswith((".jpg", ".jpeg"))]
-        demand(root, jpeg, "masks of class indices in JPEG, which changes them", "save them as PNG")
+    demand(root, jpeg if cut < 128 else [], "masks of small numbers in JPEG, which changes them",
+           "export them anew as PNG; converting them keeps what was changed")
+    if not cut:
         return names or None, dict.fromkeys(kinds, {code: code // GREY for code in codes})
     if cut > 1 and not odd and grey & {*range(1, 16)}:
         demand(root, sorted(grey), "values in masks, class indices", "leave --layout binary away")
@@ -380,8 +386,11 @@ def upright(mask, photo):
 # --- pairing: what the names of folders and files say ---
 
 def words_of(folder):
-    """train_img says two things, img_dir and trainset one; black_dirt is a name."""
-    words = re.sub("(?i)([_-]dir|[_-]?set)$", "", folder).replace("-", "_").split("_")
+    """train_img says two things, img_dir and Train Set one; black_dirt is a name."""
+    split = re.sub("(?i)[ _-]?set$", "", folder)
+    if WORDS.get(split.lower()) in SPLITS:
+        return [split]
+    words = re.sub("(?i)[_-]dir$", "", folder).replace("-", "_").split("_")
     return words if all(word.lower() in WORDS for word in words) else [folder]
 
 
@@ -393,7 +402,7 @@ def locate(name):
     *folders, file = name.split("/")
     folders = [word for folder in folders for word in words_of(folder)]
     meanings = [WORDS.get(folder.lower().rstrip("0123456789"), "") for folder in folders]   # also train2017
-    split = next((word for word in reversed(meanings) if word in ("train", "val", "test")), "")
+    split = next((word for word in reversed(meanings) if word in SPLITS), "")
     role = next((word for word in reversed(meanings) if word in ("mask", "photo")), "")
     kinds = [f"/{folder}" for folder, word in zip(folders, meanings) if folder and not word]
     return Place(split, "/good" if "good" in meanings else "".join(kinds), role, Path(file).stem)
@@ -467,8 +476,6 @@ def pair(root, photos, labels, unlabelled):
     demand(root, [] if unlabelled else bare, "photos without a label",
            "pass --unlabelled good if they have no defect, --unlabelled skip to leave them out")
     SAID[f"photos without a label, --unlabelled {unlabelled}"] = len(bare)
-    inside = sum(bool(place.split) for place in photos.values())
-    SAID["photos outside the folders that are splits"] = len(photos) - inside if inside else 0
     kinds = any(place.kind for place in photos.values()) or unlabelled == "good" and bare
     for name, (split, kind, _, stem) in photos.items():
         kind = kind.strip("/").replace("/", "_")
@@ -477,6 +484,8 @@ def pair(root, photos, labels, unlabelled):
         kind = "good" if name in bare else kind or kinds and "defect" or ""     # all have kinds, or none has
         if name not in bare or unlabelled == "good":
             items.append(Item(root / name, own, kind, stem, partner[name]))
+    outside = sum(not item.splits for item in items)
+    SAID["photos in no split, which neither train nor are scored"] = outside if outside < len(items) else 0
     if not items:
         raise Wrong(f"{root}: no photo has a label; --unlabelled {unlabelled} leaves none")
     demand(root, sorted(splits), "names in split.json without a photo", "write them as <kind>/<stem>")

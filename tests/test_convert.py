@@ -339,17 +339,22 @@ def test_yolo_polygons_and_names_in_each_form(names, tmp_path):
 @pytest.mark.parametrize("text, names", [
     ("names:\n- crack (deep)\n- oil [b]\n- dent {c}", ["crack (deep)", "oil [b]", "dent {c}"]),
     ("names:\n  0: 'oil #2'  # c\n  1: \"a: 'b'\"\n", ["oil #2", "a: 'b'"]),
-    ("names: ['it''s one', b]", ["it's one", "b"]), ("names:\n - it's one\n - b\n", ["it's one", "b"])])
+    ("names: ['it''s one', b]", ["it's one", "b"]),
+    ("names:\n - it's one # don't\n - b\n", ["it's one", "b"]),
+    ("names:\n  '1': b\n  '0': a\n", ["a", "b"])])
 def test_names_with_signs_of_yaml_in_them(text, names, tmp_path):
     tree(tmp_path, {"data.yaml": text})
     assert convert.read_names(tmp_path) == dict(enumerate(names))
 
 
-@pytest.mark.parametrize("colour", [0, 255])
-def test_masks_whose_shape_is_their_opacity(colour, tmp_path):
-    image = np.dstack([np.full((SIDE, SIDE, 3), colour), 255 * A])
-    tree(tmp_path / "in", {"images/a.png": GREY, "masks/a.png": image})
-    same(masks_of(tmp_path / "in", tmp_path / "out")[0], {"a": A})
+@pytest.mark.parametrize("opacity", [90, 255])
+def test_masks_whose_shape_is_their_opacity(opacity, tmp_path, wrong):
+    white, black = np.full((SIDE, SIDE, 3), 255), np.zeros((SIDE, SIDE, 3), int)
+    tree(tmp_path / "in", {"images/a.png": GREY, "masks/a.png": np.dstack([white, opacity * A])})
+    same(masks_of(tmp_path / "in", tmp_path / "1")[0], {"a": A})
+    for image in np.dstack([black, opacity * A]), np.dstack([white * A[..., None], 0 * A]):
+        tree(tmp_path / "in", {"masks/a.png": image})
+        wrong("masks/a.png: what shows the defects, its colours or its transparency. Save it without")
 
 
 def test_colour_masks_by_labelmap_or_file(tmp_path):
@@ -433,7 +438,7 @@ def test_what_cannot_be_known_is_asked_for(tmp_path, wrong):
     wrong(r"neither class indices nor 0 and 255: \(85, 85, 85\), .*--colours FILE .*--layout binary")
     (tmp_path / "in/masks/a.png").unlink()
     tree(tmp_path / "in", {"masks/a.jpg": 3 * A})
-    wrong("1 masks of class indices in JPEG, which changes them: masks/a.jpg; save them as PNG")
+    wrong("1 masks of small numbers in JPEG, which changes them: masks/a.jpg; export them anew as PNG")
     (tmp_path / "in/masks/a.jpg").unlink()
     tree(tmp_path / "in", {"masks/a.png": A, "images/b.png": GREY})
     wrong("1 photos without a label: images/b.png; .*--unlabelled good .*--unlabelled skip")

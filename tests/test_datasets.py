@@ -541,7 +541,7 @@ def test_indices_that_jpeg_has_changed_are_named_as_such(tmp_path):
     save(tmp_path / "images/0.png", PIXELS)
     save(tmp_path / "masks/0.jpg", np.eye(24, 32) * 60)
     write_classes(tmp_path, CLASSES)
-    says("JPEG changes them: save masks as PNG", open_dataset(tmp_path).read_mask, 0)
+    says("JPEG changes them: export masks anew as PNG", open_dataset(tmp_path).read_mask, 0)
 
 
 def test_good_photos_of_a_line_of_their_own_are_good(tmp_path):
@@ -558,14 +558,15 @@ def test_good_photos_of_a_line_of_their_own_are_good(tmp_path):
     (("Training/crack", "test/good"), {"train": 3, "test": 3}),
     (("training_set", "dev"), {"train": 3, "val": 3, "test": 3}),
     (("trainset", "holdout-set"), {"train": 3, "test": 3}),
-    (("train", "crack"), None)])                                # a split, or a kind?
+    (("train2017", "Test Set"), {"train": 3, "test": 3}),
+    (("train", "crack"), None), (("val", "crack"), None)])      # a split, or a kind?
 def test_folders_called_train_val_test_are_splits_unless_split_json_says_otherwise(tmp_path, folders, splits):
     for folder, n in ((folder, n) for folder in folders for n in range(3)):
         save(tmp_path / f"images/{folder}/{n}.png", PIXELS)
         save(tmp_path / f"masks/{folder}/{n}.png", np.eye(24, 32))
     if splits is None:
-        says("images holds crack beside a folder of the split train; call such .*split.json", open_dataset,
-             tmp_path)
+        words = r"images: crack lie beside the folder of a split \((train|val)\); move .*split.json"
+        says(words, open_dataset, tmp_path)
     else:
         data = open_dataset(tmp_path)
         assert {name: len(part) for name, part in data.splits.items()} == splits

@@ -466,7 +466,8 @@ def test_data_of_every_layout_are_judged_as_datasets_reads_them(tmp_path, capsys
     assert main(*flags[:-1], tmp_path / "bolt", "--overlay", tmp_path / "over") == 1
     assert "dent/0: accept\n    accept: dent, area_px 39" in (out := capsys.readouterr().out)
     assert "dent/1: reject" in out
-    assert (np.array(Image.open(tmp_path / "over/dent/1_verdict.png")) == 9).any()     # drawn on the photo
+    verdict = np.array(Image.open(tmp_path / "over/dent/1_verdict.png"))
+    assert (verdict == 9).all(-1).mean() > 0.5                                      # drawn on the photo
 
 
 def test_the_class_table_is_given_else_near_the_masks_else_built_in_else_asked_for(tmp_path, capsys):

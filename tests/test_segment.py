@@ -364,7 +364,7 @@ def test_new_photos_get_masks_of_their_own_size_that_the_rules_read(tmp_path, mo
     flags = ["--predict", str(photos), "--weights", str(tmp_path / "segment.pt"), "--out", str(out)]
     monkeypatch.setattr("sys.argv", ["segment.py", *flags])
     segment.main()
-    assert "on its test photos this segmenter saw no crack; train" in capsys.readouterr().out
+    assert "this segmenter found no crack in its test photos; train" in capsys.readouterr().out
     masks = {path.relative_to(out).as_posix(): path for path in (out / "mask").rglob("*.png")}
     assert set(masks) == {"mask/a_mask.png", "mask/line/b_mask.png", "mask/line/grey_mask.png"}
     assert Image.open(masks["mask/line/b_mask.png"]).size == (33, 70)
@@ -381,6 +381,10 @@ def test_new_photos_get_masks_of_their_own_size_that_the_rules_read(tmp_path, mo
     assert [name for name in masks if before[name] != after[name]] == ["mask/a_mask.png"]
     monkeypatch.setattr("sys.argv", ["segment.py", *flags[:2], "--weights", str(photos / "a.png")])
     with pytest.raises(ValueError, match="a.png: damaged, or not written by segment.py"):
+        segment.main()
+    torch.save({name: saved[name] for name in ("build", "model", "size", "classes")}, tmp_path / "old.pt")
+    monkeypatch.setattr("sys.argv", ["segment.py", *flags[:2], "--weights", str(tmp_path / "old.pt")])
+    with pytest.raises(ValueError, match="old.pt: of an older segment.py; train it again"):
         segment.main()
     torch.save({**saved, "white": 4095}, tmp_path / "segment.pt")
     monkeypatch.setattr("sys.argv", ["segment.py", *flags])
