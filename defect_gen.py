@@ -33,7 +33,9 @@ PAINT_STEPS, REPEATS = 20, 10       # of painting: timesteps, how often each is 
 NOISE_SCALE = 1.02  # of small after a plan: its pictures have too little grain without, see docs/results.md
 SWITCH_T = 400      # the released script's value; the paper's own u is reported ambiguously (50 in one place)
 IMAGE_STD = 0.7     # of the standardised image channels: most of their values lie in [-1, 1], as masks do
-Known = namedtuple("Known", "x_start where")        # two joints: x_0, and bool, true where it is known
+GUIDANCE = 0.5      # of painting: as strong as real defects; without it half as strong, see docs/results.md
+# joints: x_0; bool, true where it is known; x_0 without the defects that a mask asks for
+Known = namedtuple("Known", "x_start where without")
 TILE = 512          # px; a small network that sees patches goes over larger pictures piece by piece
 
 
@@ -49,17 +51,29 @@ def switched(large, small, switch_t):
     return denoise
 
 
-def with_known(denoise, known):
+def with_known(denoise, known, alphas_cumprod):
     """A denoiser for a picture of which parts are known.
 
     It answers there with what they are, so a step leaves them at their noise level, and the network draws
     the rest to fit: RePaint (Lugmayr et al. 2022, eq. 8), said by x_0. Its resampling is sample()'s repeats.
 
+    What a mask asks for comes out faint, so it is exaggerated: a second question shows the network the same
+    noise without those defects, and the answer moves away from its answer there by GUIDANCE times their
+    difference (classifier-free guidance, Ho & Salimans 2022, eq. 6, which needs no training here).
+
     known: a Known, or None where nothing is.
     """
     if known is None:
         return denoise
-    return lambda x_t, t: torch.where(known.where, known.x_start, denoise(x_t, t))
+    asked_for = known.x_start - known.without
+
+    def answer(x_t, t):
+        x_start = denoise(x_t, t)
+        if asked_for.any():
+            without = denoise(x_t - alphas_cumprod[t].item() ** 0.5 * asked_for, t)
+            x_start = x_start + GUIDANCE * (x_start - without)
+        return torch.where(known.where, known.x_start, x_start)
+    return answer
 
 
 class Joint:
@@ -116,8 +130,8 @@ def enlarge(joint, size):
 
 def shrink(known, size):
     """The known parts of a picture as those of its plan: means of its pixels, known where all of them are."""
-    return Known(F.adaptive_avg_pool2d(known.x_start, size),
-                 F.adaptive_max_pool2d((~known.where).float(), size) == 0)
+    x_start, without = (F.adaptive_avg_pool2d(joint, size) for joint in (known.x_start, known.without))
+    return Known(x_start, F.adaptive_max_pool2d((~known.where).float(), size) == 0, without)
 
 
 def sight(net):
@@ -281,9 +295,11 @@ class DefectGen:
         """
         steps, painted = self.timesteps(num_steps, "logsnr", SWITCH_T), []
         for image, mask, region, seed in zip(images, masks, regions, seeds):
-            x_start = self.joint.encode(image[None].to(self.device), mask[None].to(self.device))
+            masks_of = mask, mask.where(~region, 0) if mask_given else mask
+            x_start, without = (self.joint.encode(*(part[None].to(self.device) for part in (image, of)))
+                                for of in masks_of)
             free = torch.stack([region] * len(image) + [region & (not mask_given)] * len(self.classes))
-            known = Known(x_start, ~free[None].to(self.device))
+            known = Known(x_start, ~free[None].to(self.device), without)
             joint = self.draw([seed], steps, "ddpm", SWITCH_T, self.size, known, REPEATS)
             new_image, new_mask = (part[0].cpu() for part in self.joint.decode(joint))
             painted.append((torch.where(region, new_image, image), torch.where(region, new_mask, mask)))
@@ -317,13 +333,13 @@ class DefectGen:
         if self.plan_size == self.size:                             # the paper: one trajectory
             denoise = switched(large, self.denoiser(self.small), switch_t)
             noise = noise_for(seeds, (channels, *size), self.device)
-            return along(with_known(denoise, known), noise(), steps, noise=noise)
+            return along(with_known(denoise, known, self.alphas_cumprod), noise(), steps, noise=noise)
 
         multiple = 2 ** self.large.depth
         plan_size = [math.ceil(n * plan / own / multiple) * multiple
                      for n, plan, own in zip(size, self.plan_size, self.size)]
         noise = noise_for(seeds, (channels, *plan_size), self.device)
-        denoise = with_known(large, known and shrink(known, plan_size))
+        denoise = with_known(large, known and shrink(known, plan_size), self.alphas_cumprod)
         plan = enlarge(along(denoise, noise(), steps, noise=noise), size)
         noise = noise_for([~seed for seed in seeds], plan.shape[1:], self.device)           # not the plan's
         return self.detail(plan, [t for t in steps if t < switch_t], noise, known, along)
@@ -340,7 +356,7 @@ class DefectGen:
             known = Known(*(part[..., *box] for part in known))
         if steps:
             x = q_sample(joint, steps[0], noise(), self.alphas_cumprod)[..., *box]
-            denoise = with_known(self.denoiser(self.small), known)
+            denoise = with_known(self.denoiser(self.small), known, self.alphas_cumprod)
             joint[..., *box] = along(denoise, x, steps, noise=lambda: noise()[..., *box],
                                      noise_scale=NOISE_SCALE)
         return joint

@@ -8,8 +8,9 @@ import torch
 import defect_gen
 from conftest import picture
 from datasets import open_dataset
-from defect_gen import (IMAGE_STD, NOISE_SCALE, NUM_STEPS, STAGES, DefectGen, Joint, Known, checkpoints,
-                        enlarge, exact_denoiser, image_statistics, in_tiles, load_stage, switched, with_known)
+from defect_gen import (GUIDANCE, IMAGE_STD, NOISE_SCALE, NUM_STEPS, STAGES, DefectGen, Joint, Known,
+                        checkpoints, enlarge, exact_denoiser, image_statistics, in_tiles, load_stage, switched,
+                        with_known)
 from diffusion import logsnr, noise_for, q_sample, rng, sample, schedule, timesteps
 from unet import UNet, receptive_field
 
@@ -254,7 +255,7 @@ def test_an_exact_denoiser_draws_the_picture_that_is_known_in_part():
         known = torch.zeros(64, 3, 6, 6, dtype=torch.bool)
         known[part] = True
         noise = noise_for(range(64), (3, 6, 6))
-        denoise = with_known(exact, Known(asked, known))
+        denoise = with_known(exact, Known(asked, known, asked), table)
         drawn = sample(denoise, noise(), steps, table, "ddpm", noise, repeats=repeats)
         return ((drawn - asked).abs().amax((1, 2, 3)) < 0.1).double().mean()
     assert found((..., slice(4)), 1) == 1
@@ -284,13 +285,20 @@ def test_a_known_pixel_tells_the_other_nearly_as_much_as_in_a_gaussian(trained, 
 
     def noise():
         return torch.randn(3000, 2, 1, 1, dtype=torch.float64, generator=generator)
-    known = Known(torch.full((3000, 2, 1, 1), 1.5), torch.tensor([True, False]).view(1, 2, 1, 1))
-    denoise = with_known(exact, known)
+    known, where = torch.full((3000, 2, 1, 1), 1.5), torch.tensor([True, False]).view(1, 2, 1, 1)
+    denoise = with_known(exact, Known(known, where, known), table)
     drawn = sample(denoise, noise(), alphas_cumprod=table, noise=noise, **asked)[:, 1]
     assert drawn.mean().item() == pytest.approx(1.35, abs=0.1)
     assert 0.33 < drawn.std().item() < 0.44
     once = sample(denoise, noise(), alphas_cumprod=table, noise=noise, **{**asked, "repeats": 1})[:, 1]
     assert once.mean() < 1                                          # why steps are repeated
+
+    without = known * torch.tensor([-1.0, 1.0]).view(1, 2, 1, 1)
+    guided = with_known(exact, Known(known, where, without), table)(torch.full_like(known, 0.5).double(), 600)
+    a = table[600].item()                                           # E[x | x_t] = m x_t, in closed form
+    m = math.sqrt(a) * both @ (a * both + (1 - a) * torch.eye(2)).inverse()
+    wanted = 0.5 * m[1].sum() + GUIDANCE * m[1, 0] * math.sqrt(a) * 3
+    assert guided[0].flatten().tolist() == pytest.approx([1.5, wanted.item()])
 
 
 @pytest.mark.parametrize("stages", ["trained", "relay"])            # of one size, of two

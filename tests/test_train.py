@@ -88,6 +88,16 @@ def test_averages_and_learning_rate_warm_up_and_the_log_has_the_norm_before_clip
     assert [row["grad_norm"] for row in log_of(run)] == [f"{norm:.4g}" for norm in norms]
 
 
+def test_a_decaying_rate_falls_along_the_steps_and_a_resumed_run_follows_the_longer_curve(fit):
+    rates = [float(row["lr"]) for row in log_of(fit("run", "--steps", 4, "--save-every", 1, "--decay"))]
+    halves = [(1 + math.cos(math.pi * n / 4)) / 2 for n in range(4)]
+    assert rates == pytest.approx([1e-3 * (n + 1) / 50 * half for n, half in enumerate(halves)], rel=1e-4)
+    longer = fit("run", "--steps", 6, "--save-every", 1, "--decay", "--resume")
+    assert float(log_of(longer)[4]["lr"]) == pytest.approx(1e-3 * 5 / 50 / 4, rel=1e-4)     # cos(4/6 pi) = -1/2
+    last = train.learning_rate(999, train.parse_args(["--stage", "large", "--decay", "--steps", "1000"]))
+    assert 0 < last < 3e-9
+
+
 def test_every_image_comes_up_equally_often_whatever_the_batch():
     stream = train.order(7, 0, 70, seed=3)
     assert set(Counter(stream).values()) == {10} and stream[:7] != stream[7:14]
