@@ -29,11 +29,11 @@ from unet import UNet, receptive_field
 
 STAGES = ("large", "small")
 NUM_STEPS = 40      # of sampling: a defect of 1 % of the photos comes 97 % as often; after 20 steps 84 %
-PAINT_STEPS, REPEATS = 20, 10       # of painting: timesteps, how often each is taken (diffusion.sample)
+PAINT_STEPS, REPEATS = 20, 5       # of painting: timesteps, how often each is taken (diffusion.sample)
 NOISE_SCALE = 1.02  # of small after a plan: its pictures have too little grain without, see docs/results.md
 SWITCH_T = 400      # the released script's value; the paper's own u is reported ambiguously (50 in one place)
 IMAGE_STD = 0.7     # of the standardised image channels: most of their values lie in [-1, 1], as masks do
-GUIDANCE = 0.5      # of painting: as strong as real defects; without it half as strong, see docs/results.md
+GUIDANCE = 1        # of painting: as strong as real defects; without it half as strong, see docs/results.md
 # joints: x_0; bool, true where it is known; x_0 without the defects that a mask asks for
 Known = namedtuple("Known", "x_start where without")
 TILE = 512          # px; a small network that sees patches goes over larger pictures piece by piece
@@ -295,9 +295,9 @@ class DefectGen:
         """
         steps, painted = self.timesteps(num_steps, "logsnr", SWITCH_T), []
         for image, mask, region, seed in zip(images, masks, regions, seeds):
-            masks_of = mask, mask.where(~region, 0) if mask_given else mask
-            x_start, without = (self.joint.encode(*(part[None].to(self.device) for part in (image, of)))
-                                for of in masks_of)
+            empty = mask.where(~region, 0) if mask_given else mask
+            x_start, without = (self.joint.encode(image[None].to(self.device), part[None].to(self.device))
+                                for part in (mask, empty))
             free = torch.stack([region] * len(image) + [region & (not mask_given)] * len(self.classes))
             known = Known(x_start, ~free[None].to(self.device), without)
             joint = self.draw([seed], steps, "ddpm", SWITCH_T, self.size, known, REPEATS)

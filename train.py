@@ -36,11 +36,10 @@ from diffusion import (TARGETS, WEIGHTINGS, q_sample, rng, sample, schedule, tim
 from unet import LARGE, SMALL, UNet, check_size, count_parameters, field_in_words, receptive_field
 
 TINY = dict(size=(64, 64), steps=1800, batch_size=4, lr=1e-3, weight_decay=0.0, ema=0.998,
-            warmup=50, decay=False, save_every=500, target="v", weighting="uniform", soft_masks=False,
-            t_range="own")
+            warmup=50, save_every=500, target="v", weighting="uniform", soft_masks=False, t_range="own")
 LAPTOP = dict(TINY, steps=4000, ema=0.999, save_every=2000)
 PAPER = dict(size=(256, 256), steps=160_000, batch_size=2, lr=1e-4, weight_decay=0.002, ema=0.9999, warmup=0,
-             decay=False, save_every=10_000, target="x0", weighting="uniform", soft_masks=False, t_range="full")
+             save_every=10_000, target="x0", weighting="uniform", soft_masks=False, t_range="full")
 PLAN = dict(weighting="min-snr", soft_masks=True, t_range="full")       # a large stage in a smaller picture
 WHOLE = dict(channels=32, multipliers=(1, 1, 2, 4), num_res_blocks=1, attention_levels=(3,))
 PATCHES = dict(channels=32, multipliers=(1, 2), num_res_blocks=1, attention_levels=(), middle=False,
@@ -84,8 +83,8 @@ def parse_args(argv=None):
     add("--batch-size", type=int, help="images per step, of all processes together")
     add("--accumulate", type=int, default=1, help="micro-batches a step: less memory (default: %(default)s)")
     add("--lr", type=float, help="learning rate of AdamW")
-    add("--decay", action=argparse.BooleanOptionalAction, help="let the rate fall to 0 along --steps, as half a "
-        "cosine; resumed with more --steps, it goes on along the longer curve")
+    add("--decay", action="store_true", help="let the rate fall to 0 along --steps, as half a cosine; "
+        "resumed with more --steps, it goes on along the longer curve")
     add("--augment", nargs="+", default=[], choices=AUGMENTATIONS, help="change pairs at random, where the "
         "product may lie that way (default: none)")
     add("--depth", type=int, choices=range(7), help="down-samplings: fewer see less, see unet.py")

@@ -288,7 +288,7 @@ def test_a_known_pixel_tells_the_other_nearly_as_much_as_in_a_gaussian(trained, 
     known, where = torch.full((3000, 2, 1, 1), 1.5), torch.tensor([True, False]).view(1, 2, 1, 1)
     denoise = with_known(exact, Known(known, where, known), table)
     drawn = sample(denoise, noise(), alphas_cumprod=table, noise=noise, **asked)[:, 1]
-    assert drawn.mean().item() == pytest.approx(1.35, abs=0.1)
+    assert drawn.mean().item() == pytest.approx(1.35, abs=0.15)
     assert 0.33 < drawn.std().item() < 0.44
     once = sample(denoise, noise(), alphas_cumprod=table, noise=noise, **{**asked, "repeats": 1})[:, 1]
     assert once.mean() < 1                                          # why steps are repeated
