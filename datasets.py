@@ -106,11 +106,13 @@ def channels_of(samples):
 def white_of(paths):
     """What is white in 16-bit grey photos: the largest value of as few bits as hold those of all of them.
 
-    1 where floats end at 1; None where no photo has 16 bits.
+    1 where floats end at 1; None where no photo has 16 bits. One pixel in 10,000 may be hot and brighter.
     """
     def highest(path):
         with suppress(Exception), Image.open(path) as picture:      # a broken one is reported when it is read
-            return np.nan_to_num(np.asarray(picture)).max() if picture.mode[0] in "IF" else None
+            if picture.mode[0] in "IF":
+                values = np.nan_to_num(np.asarray(picture)).ravel()
+                return np.partition(values, at := len(values) - 1 - len(values) // 10_000)[at]
     tops = [top for top, _ in in_threads(highest, paths) if top is not None]
     bits = next((bits for bits in (1, 8, 10, 12, 14) if max(tops, default=0) < 2**bits), 16)
     return 2**bits - 1 if tops else None
@@ -118,7 +120,7 @@ def white_of(paths):
 
 def split_of(folder):
     """The split that a folder is called after, "train" of Train, Training Set or train2017; else None."""
-    return SPLITS.get(re.sub("[ _-]?set$|[0-9]{4}$", "", folder.lower()))
+    return SPLITS.get(re.sub("[ _-]?(set|images?|img|data|split)$|[0-9]{4}$", "", folder.lower()))
 
 
 def is_good(kind):
@@ -344,6 +346,9 @@ def read_folder(photos, masks):
         samples = [s for s in samples if s.name not in FOREIGN[name]]
     classes = classes or CLASS_TABLES.get(name) or classes_of_values(root, samples)
     splits, folders = read_splits(root / "split.json"), {}
+    inner = sorted({sample.kind for sample in samples if any(map(split_of, sample.kind.split("/")[1:]))})
+    if inner and not splits:
+        raise ValueError(f"{photos}: folders of splits inside kinds: {listed(inner)}. {CONVERT.format(root)}")
     for sample in samples:
         folders.setdefault(split_of(sample.kind.split("/")[0]), []).append(sample.name)
     if photos.name != "test" and folders.keys() - {None} and not splits:

@@ -213,7 +213,8 @@ def prepare(args, processes):
     if len(dataset) < found:
         print(f"  left out: {found - len(dataset)} without a defect")
     if not len(dataset):
-        raise ValueError(f"--data {args.data}, split {args.split}: no photo has a defect to learn")
+        raise ValueError(f"--data {args.data}, split {args.split}: no photo has a defect to learn; "
+                         "choose another --split, or write a split.json")
     for sentence in gaps(dataset, FINER if args.soft_masks else 1):
         print(f"warning: {sentence}")
     network = dict(args.network)

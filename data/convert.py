@@ -167,7 +167,11 @@ def read_parts(path, names):
 def read_coco(table):
     """{class: id} and [(file name, ((H, W), parts))] of a COCO table."""
     names, parts = {c["id"]: str(c["name"]) for c in table["categories"]}, {}
+    images = {i["id"] for i in table["images"]}
     for shape in table["annotations"]:
+        for key, known in (("image_id", images), ("category_id", names)):
+            if shape[key] not in known:
+                raise ValueError(f"an annotation has {key} {shape[key]}, which the table does not explain")
         parts.setdefault(shape["image_id"], []).append((names[shape["category_id"]], shape["segmentation"]))
     # Roboflow lists the project as a class above the others, which no annotation has: it is left out.
     above = {c.get("supercategory") for c in table["categories"] if c.get("supercategory") != c["name"]}
@@ -215,6 +219,8 @@ def fill_polygon(mask, points, value):
     PIL's polygon also sets every pixel that the outline touches: areas become 5 % too large.
     """
     x, y = np.asarray(points, float).reshape(-1, 2).T
+    if len(x) < 3 or not np.isfinite([x, y]).all():
+        raise ValueError("a polygon has less than 3 points, or a coordinate that is no number")
     x_next, y_next = np.roll(x, -1), np.roll(y, -1)
     for row in range(max(0, math.floor(y.min())), min(len(mask), math.ceil(y.max()))):
         cut = (y <= row + 0.5) != (y_next <= row + 0.5)

@@ -202,14 +202,17 @@ def test_a_wrong_coco_table_is_one_sentence_and_leaves_nothing(tmp_path, wrong):
     path = tmp_path / "in/val/_annotations.coco.json"
     text = path.read_text()
     for segmentation, sentence in (([], "a box alone"), ({"counts": "Q1k2"}, "do not fit 16x16"),
-                                   ([[1, 2, 3]], "reshape"), ([[float("nan")] * 6], "NaN"),
+                                   ([[1, 2, 3]], "reshape"), ([[1, 2, 3, 4]], "less than 3 points"),
+                                   ([[float("nan")] * 6], "no number"),
                                    ({"counts": [7]}, "lengths over 7 pixels do not fit")):
         table = json.loads(text)
         table["annotations"][0]["segmentation"] = segmentation
         path.write_text(json.dumps(table))
         wrong(f"val/0.jpg: .*{sentence}")
     path.write_text(text.replace('"category_id": 0', '"category_id": 7'))
-    wrong("_annotations.coco.json: cannot be read .KeyError: 7.; export")
+    wrong("_annotations.coco.json: .*an annotation has category_id 7, which the table does not explain")
+    path.write_text(text.replace('"image_id": 9', '"image_id": 99'))
+    wrong("_annotations.coco.json: .*an annotation has image_id 99, which the table does not explain")
     path.write_text(text)
     (tmp_path / "in/train/1.jpg").rename(tmp_path / "in/train/5.jpg")
     wrong("1 labels without one photo of their name: train/_annotations.coco.json: x/1.jpg")

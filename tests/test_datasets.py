@@ -513,6 +513,10 @@ def test_photos_of_12_bits_are_read_at_one_depth_for_the_whole_set_which_is_said
     data = open_dataset(tmp_path)
     assert [data[i][0].max().item() for i in (0, 1)] == [round(200 / 4095 * 255), round(4000 / 4095 * 255)]
     assert "warning: photos use 12 of 16 bits: 4095 is taken for white" in datasets.describe(data)
+    hot = np.full((100, 120), 200, np.uint16)
+    hot[5, 5] = 65535                                           # a broken pixel of the camera
+    save(tmp_path / "image/good/2.png", Image.fromarray(hot))
+    assert open_dataset(tmp_path).white == 4095
     save(tmp_path / "image/good/0.png", PHOTO)
     says("1.png: is 16-bit grey among photos in colour", open_dataset(tmp_path).tensors)
     save(tmp_path / "floats/image/good/0.tif", Image.fromarray(np.full((8, 8), 0.2, np.float32)))
@@ -559,6 +563,7 @@ def test_good_photos_of_a_line_of_their_own_are_good(tmp_path):
     (("training_set", "dev"), {"train": 3, "val": 3, "test": 3}),
     (("trainset", "holdout-set"), {"train": 3, "test": 3}),
     (("train2017", "Test Set"), {"train": 3, "test": 3}),
+    (("train_images", "val_images"), {"train": 3, "val": 3, "test": 3}),
     (("train", "crack"), None), (("val", "crack"), None)])      # a split, or a kind?
 def test_folders_called_train_val_test_are_splits_unless_split_json_says_otherwise(tmp_path, folders, splits):
     for folder, n in ((folder, n) for folder in folders for n in range(3)):
@@ -574,6 +579,13 @@ def test_folders_called_train_val_test_are_splits_unless_split_json_says_otherwi
         assert len(open_dataset(tmp_path, split="train")) == 3
     write_json(tmp_path / "split.json", {"train": [f"{folders[0]}/0"]})
     assert names(tmp_path, split="train") == [f"{folders[0]}/0"]
+
+
+def test_folders_of_splits_inside_kinds_do_not_train(tmp_path):
+    for folder in ("crack/train", "crack/test"):
+        save(tmp_path / f"images/{folder}/0.png", PIXELS)
+        save(tmp_path / f"masks/{folder}/0.png", np.eye(24, 32))
+    says("folders of splits inside kinds: crack/test, crack/train. .*convert.py", open_dataset, tmp_path)
 
 
 def test_folders_of_splits_with_images_and_masks_in_each_are_converted(tmp_path):
