@@ -472,8 +472,8 @@ def load_segmenter(path, device="cpu"):
         net = build(**saved["build"])
         net.load_state_dict(saved["model"])
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; train a segmenter first: python segment.py --data FOLDER "
-                                "--out FOLDER") from None
+        raise FileNotFoundError(f"{path}: no such file; train a segmenter first: "
+                                "python segment.py --data FOLDER --out FOLDER") from None
     except OSError:
         raise
     except Exception as error:      # the reader raises many types; to the user they are one fact

@@ -9,8 +9,8 @@ import defect_gen
 from conftest import picture
 from datasets import open_dataset
 from defect_gen import (GUIDANCE, IMAGE_STD, NOISE_SCALE, NUM_STEPS, STAGES, DefectGen, Joint, Known,
-                        checkpoints, enlarge, exact_denoiser, image_statistics, in_tiles, load_stage, switched,
-                        with_known)
+                        checkpoints, enlarge, exact_denoiser, image_statistics, in_tiles, load_stage,
+                        switched, with_known)
 from diffusion import logsnr, noise_for, q_sample, rng, sample, schedule, timesteps
 from unet import UNet, receptive_field
 

@@ -383,7 +383,7 @@ def test_new_photos_get_masks_of_their_own_size_that_the_rules_read(tmp_path, mo
     with pytest.raises(ValueError, match="a.png: damaged, or not written by segment.py"):
         segment.main()
     monkeypatch.setattr("sys.argv", ["segment.py", *flags[:2], "--weights", str(tmp_path / "none.pt")])
-    with pytest.raises(FileNotFoundError, match="none.pt: no such file; train a segmenter first: python segment"):
+    with pytest.raises(FileNotFoundError, match="none.pt: no such file; train a segmenter first: python"):
         segment.main()
     torch.save({name: saved[name] for name in ("build", "model", "size", "classes")}, tmp_path / "old.pt")
     monkeypatch.setattr("sys.argv", ["segment.py", *flags[:2], "--weights", str(tmp_path / "old.pt")])
