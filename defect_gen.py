@@ -33,7 +33,7 @@ PAINT_STEPS, REPEATS = 20, 5       # of painting: timesteps, how often each is t
 NOISE_SCALE = 1.02  # of small after a plan: its pictures have too little grain without, see docs/results.md
 SWITCH_T = 400      # the released script's value; the paper's own u is reported ambiguously (50 in one place)
 IMAGE_STD = 0.7     # of the standardised image channels: most of their values lie in [-1, 1], as masks do
-GUIDANCE = 1        # of painting: as strong as real defects; without it half as strong, see docs/results.md
+GUIDANCE = 0.5      # of painting: about as strong as real defects, half as strong without; docs/results.md
 # joints: x_0; bool, true where it is known; x_0 without the defects that a mask asks for
 Known = namedtuple("Known", "x_start where without")
 TILE = 512          # px; a small network that sees patches goes over larger pictures piece by piece
