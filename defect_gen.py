@@ -33,8 +33,9 @@ PAINT_STEPS, REPEATS = 20, 5       # of painting: timesteps, how often each is t
 NOISE_SCALE = 1.02  # of small after a plan: its pictures have too little grain without, see docs/results.md
 SWITCH_T = 400      # the released script's value; the paper's own u is reported ambiguously (50 in one place)
 IMAGE_STD = 0.7     # of the standardised image channels: most of their values lie in [-1, 1], as masks do
-GUIDANCE = 0.5      # of painting: about as strong as real defects, half as strong without; docs/results.md
-# joints: x_0; bool, true where it is known; x_0 without the defects that a mask asks for
+GUIDANCE = 0.5      # of painting; 0: none, defects come out half as strong as real ones: docs/results.md
+# (B, C + K, H, W) each. x_start: x_0; where: bool, true where x_0 is known; without: x_0, but with the mask
+# of the picture before painting, which guidance compares with; equal to x_start where no mask is given
 Known = namedtuple("Known", "x_start where without")
 TILE = 512          # px; a small network that sees patches goes over larger pictures piece by piece
 
@@ -57,21 +58,23 @@ def with_known(denoise, known, alphas_cumprod):
     It answers there with what they are, so a step leaves them at their noise level, and the network draws
     the rest to fit: RePaint (Lugmayr et al. 2022, eq. 8), said by x_0. Its resampling is sample()'s repeats.
 
-    What a mask asks for comes out faint, so it is exaggerated: a second question shows the network the same
-    noise without those defects, and the answer moves away from its answer there by GUIDANCE times their
-    difference (classifier-free guidance, Ho & Salimans 2022, eq. 6, which needs no training here).
+    A defect that the mask asks for comes out faint, so it is exaggerated: the network is asked again with the
+    same noise but without the defect in the mask, and GUIDANCE times the difference of the two answers is
+    added to the first. It is classifier-free guidance (Ho & Salimans 2022, eq. 6) with "no defect" in place
+    of no condition, and needs no training.
 
     known: a Known, or None where nothing is.
     """
     if known is None:
         return denoise
-    asked_for = known.x_start - known.without
+    added = known.x_start - known.without                       # by the mask
+    is_guided = bool(added.any())
 
     def answer(x_t, t):
         x_start = denoise(x_t, t)
-        if asked_for.any():
-            without = denoise(x_t - alphas_cumprod[t].item() ** 0.5 * asked_for, t)
-            x_start = x_start + GUIDANCE * (x_start - without)
+        if is_guided:
+            plain = denoise(x_t - alphas_cumprod[t].item() ** 0.5 * added, t)
+            x_start = x_start + GUIDANCE * (x_start - plain)
         return torch.where(known.where, known.x_start, x_start)
     return answer
 
@@ -295,9 +298,9 @@ class DefectGen:
         """
         steps, painted = self.timesteps(num_steps, "logsnr", SWITCH_T), []
         for image, mask, region, seed in zip(images, masks, regions, seeds):
-            empty = mask.where(~region, 0) if mask_given else mask
+            before = mask.where(~region, 0) if mask_given else mask      # without what is asked for
             x_start, without = (self.joint.encode(image[None].to(self.device), part[None].to(self.device))
-                                for part in (mask, empty))
+                                for part in (mask, before))
             free = torch.stack([region] * len(image) + [region & (not mask_given)] * len(self.classes))
             known = Known(x_start, ~free[None].to(self.device), without)
             joint = self.draw([seed], steps, "ddpm", SWITCH_T, self.size, known, REPEATS)

@@ -83,8 +83,8 @@ def parse_args(argv=None):
     add("--batch-size", type=int, help="images per step, of all processes together")
     add("--accumulate", type=int, default=1, help="micro-batches a step: less memory (default: %(default)s)")
     add("--lr", type=float, help="learning rate of AdamW")
-    add("--decay", action="store_true", help="let the rate fall to 0 along --steps, as half a cosine; "
-        "resumed with more --steps, it goes on along the longer curve")
+    add("--lr-decay", action="store_true", help="let the rate fall to 0 at the last of --steps, as half a "
+        "cosine; resumed with more --steps it jumps up to the longer curve")
     add("--augment", nargs="+", default=[], choices=AUGMENTATIONS, help="change pairs at random, where the "
         "product may lie that way (default: none)")
     add("--depth", type=int, choices=range(7), help="down-samplings: fewer see less, see unet.py")
@@ -281,7 +281,7 @@ def show_stages(flags):
 def restore(folder, config, net, ema, optimizer):
     """Load the newest checkpoint into the three; return its step. What shapes the weights must stay."""
     checkpoint = load_stage(folder, config["stage"])
-    old = checkpoint["config"]
+    old = {"lr_decay": False, **checkpoint["config"]}           # older ones had none
     if old["images"] != config["images"]:                       # the folder may have moved, not its images
         raise ValueError(f"{folder}: --data {config['data']}, split {config['split']}, no longer names the "
                          f"{len(old['images'])} images of the start; use the old data, or another --out")
@@ -325,9 +325,9 @@ def noted_signals():
 # --- the loop ---
 
 def learning_rate(step, args):
-    """Of step 0, 1, ...: rises to args.lr in its first steps, then stays, or falls with --decay."""
-    decay = (1 + math.cos(math.pi * step / args.steps)) / 2 if args.decay else 1.0
-    return args.lr * decay * min(1.0, (step + 1) / max(args.warmup, 1))
+    """Of step 0, 1, ...: rises to args.lr in its first steps, then stays, or falls with --lr-decay."""
+    left = (1 + math.cos(math.pi * step / args.steps)) / 2 if args.lr_decay else 1.0
+    return args.lr * left * min(1.0, (step + 1) / max(args.warmup, 1))
 
 
 def train(args):

@@ -10,7 +10,7 @@ from conftest import picture
 from datasets import open_dataset
 from defect_gen import (GUIDANCE, IMAGE_STD, NOISE_SCALE, NUM_STEPS, STAGES, DefectGen, Joint, Known,
                         checkpoints, enlarge, exact_denoiser, image_statistics, in_tiles, load_stage,
-                        switched, with_known)
+                        shrink, switched, with_known)
 from diffusion import logsnr, noise_for, q_sample, rng, sample, schedule, timesteps
 from unet import UNet, receptive_field
 
@@ -265,7 +265,7 @@ def test_an_exact_denoiser_draws_the_picture_that_is_known_in_part():
 def test_a_known_pixel_tells_the_other_nearly_as_much_as_in_a_gaussian(trained, data, monkeypatch):
     """Two pixels, N(0, 1) with correlation 0.9: where one is 1.5, the other is N(1.35, 0.44^2).
 
-    Few steps leave the deviation a fifth too small.
+    Few steps leave the mean a tenth and the deviation a seventh too small.
     """
     asked, joint = {}, torch.zeros(1, 3 + 3, 16, 16)
 
@@ -299,6 +299,23 @@ def test_a_known_pixel_tells_the_other_nearly_as_much_as_in_a_gaussian(trained, 
     m = math.sqrt(a) * both @ (a * both + (1 - a) * torch.eye(2)).inverse()
     wanted = 0.5 * m[1].sum() + GUIDANCE * m[1, 0] * math.sqrt(a) * 3
     assert guided[0].flatten().tolist() == pytest.approx([1.5, wanted.item()])
+
+
+def test_guidance_compares_with_the_photo_and_its_old_defects_in_plans_too(trained, data, monkeypatch):
+    asked, draw = [], DefectGen.draw
+    monkeypatch.setattr(DefectGen, "draw", lambda self, *args: asked.append(args[5]) or draw(self, *args))
+    images, old = open_dataset(data, (16, 16)).subset([0]).tensors()
+    region = torch.zeros(1, 16, 16, dtype=torch.bool)
+    region[:, 10:14, 10:14] = True
+    assert old.any() and not old[region].any()
+    generator, masks = DefectGen.load(trained), old.where(~region, 2)
+    generator.paint(images, masks, region, [0], num_steps=2)
+    known, encode = asked[0], generator.joint.encode
+    assert torch.equal(known.x_start, encode(images, masks))
+    assert torch.equal(known.without, encode(images, old))
+    plan = shrink(known, (8, 8))
+    for joint, small in ((known.x_start, plan.x_start), (known.without, plan.without)):
+        torch.testing.assert_close(small, torch.nn.functional.avg_pool2d(joint, 2))
 
 
 @pytest.mark.parametrize("stages", ["trained", "relay"])            # of one size, of two

@@ -89,12 +89,12 @@ def test_averages_and_learning_rate_warm_up_and_the_log_has_the_norm_before_clip
 
 
 def test_a_decaying_rate_falls_along_the_steps_and_a_resumed_run_follows_the_longer_curve(fit):
-    rates = [float(row["lr"]) for row in log_of(fit("run", "--steps", 4, "--save-every", 1, "--decay"))]
+    rates = [float(row["lr"]) for row in log_of(fit("run", "--steps", 4, "--save-every", 1, "--lr-decay"))]
     halves = [(1 + math.cos(math.pi * n / 4)) / 2 for n in range(4)]
     assert rates == pytest.approx([1e-3 * (n + 1) / 50 * half for n, half in enumerate(halves)], rel=1e-4)
-    longer = fit("run", "--steps", 6, "--save-every", 1, "--decay", "--resume")
+    longer = fit("run", "--steps", 6, "--save-every", 1, "--lr-decay", "--resume")
     assert float(log_of(longer)[4]["lr"]) == pytest.approx(1e-3 * 5 / 50 / 4, rel=1e-4)  # cos(4/6 pi) = -1/2
-    last = train.learning_rate(999, train.parse_args(["--stage", "large", "--decay", "--steps", "1000"]))
+    last = train.learning_rate(999, train.parse_args(["--stage", "large", "--lr-decay", "--steps", "1000"]))
     assert 0 < last < 3e-9
 
 
