@@ -112,7 +112,8 @@ def white_of(paths):
         with suppress(Exception), Image.open(path) as picture:      # a broken one is reported when it is read
             if picture.mode[0] in "IF":
                 values = np.nan_to_num(np.asarray(picture)).ravel()
-                return np.partition(values, at := len(values) - 1 - len(values) // 10_000)[at]
+                last = -1 - len(values) // 10_000                   # so many from the brightest
+                return np.partition(values, last)[last]
     tops = [top for top, _ in in_threads(highest, paths) if top is not None]
     bits = next((bits for bits in (1, 8, 10, 12, 14) if max(tops, default=0) < 2**bits), 16)
     return 2**bits - 1 if tops else None
