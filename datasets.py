@@ -39,9 +39,10 @@ LAYOUTS = """  image/<kind>/<stem>.png with mask/<kind>/<stem>_mask.png, class i
   images/train/..., images/val/... with masks/train/..., masks/val/...: likewise, in splits
   test/<kind>/<stem>.png with ground_truth/<kind>/<stem>_mask.png, 0/255: the class is the kind (MVTec AD)"""
 CONVERT = "Convert any other layout with: python data/convert.py {} --out NEW"
-SPLITS = dict(train="train", training="train", val="val", valid="val", validation="val", eval="val",
-              dev="val", test="test", testing="test", test_public="test", holdout="test")
+SPLITS = dict(train="train", training="train", trainval="train", val="val", valid="val", validation="val",
+              eval="val", dev="val", test="test", testing="test", test_public="test", holdout="test")
 GOOD_KINDS = {"good", "ok", "Normal", "MT_Free"}    # products without a defect; they may come without masks
+JPEG = {".jpg", ".jpeg"}
 FEW_SHOT = 5                        # images per kind that train where there is no split (the authors' rule)
 AUGMENTATIONS = ("flip", "turn")
 PALETTE = np.array([(0, 0, 0), (230, 25, 75), (60, 180, 75), (67, 99, 216), (255, 225, 25), (245, 130, 49),
@@ -192,7 +193,7 @@ class DefectDataset:
             return np.zeros(open_picture(photo).size[::-1], np.uint8)
         mask, classes = inspect_rules.read_mask(path, self.classes, label), ", ".join(self.classes)
         if ((mask >= len(self.classes)) & (mask != IGNORE)).any():
-            values, jpeg = np.unique(mask)[:12].tolist(), path.suffix.lower() in (".jpg", ".jpeg")
+            values, jpeg = np.unique(mask)[:12].tolist(), path.suffix.lower() in JPEG
             raise ValueError(f"{path}: mask has the values {values} but the classes are 0.."
                              f"{len(self.classes) - 1} ({classes}); "
                              + ("JPEG changes them: export masks anew as PNG" if jpeg else
@@ -346,6 +347,8 @@ def read_folder(photos, masks):
         notes = [f"left out, photos of another product: {listed(FOREIGN[name])}"]
         samples = [s for s in samples if s.name not in FOREIGN[name]]
     classes = classes or CLASS_TABLES.get(name) or classes_of_values(root, samples)
+    if jpeg := [s.name for s in samples if s.mask and s.label is None and s.mask.suffix.lower() in JPEG]:
+        notes.append(f"warning: JPEG changes class indices, export these masks anew as PNG: {listed(jpeg)}")
     splits, folders = read_splits(root / "split.json"), {}
     inner = sorted({sample.kind for sample in samples if any(map(split_of, sample.kind.split("/")[1:]))})
     if inner and not splits:

@@ -37,7 +37,7 @@ WORDS = {word: meaning for meaning, words in {              # what folders are c
     "mask": "mask masks label labels lab gt ground_truth groundtruth annotation annotations anno ann seg "
             "segmentation segmentationclass",
     "photo": "image images img imgs photo photos jpegimages", "good": "good ok normal",
-    "train": "train training", "val": "val valid validation eval dev",
+    "train": "train training trainval", "val": "val valid validation eval dev",
     "test": "test testing test_public holdout",
 }.items() for word in words.split()}
 SPLITS = "train", "val", "test"

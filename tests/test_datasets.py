@@ -545,7 +545,9 @@ def test_indices_that_jpeg_has_changed_are_named_as_such(tmp_path):
     save(tmp_path / "images/0.png", PIXELS)
     save(tmp_path / "masks/0.jpg", np.eye(24, 32) * 60)
     write_classes(tmp_path, CLASSES)
-    says("JPEG changes them: export masks anew as PNG", open_dataset(tmp_path).read_mask, 0)
+    dataset = open_dataset(tmp_path)
+    says("JPEG changes them: export masks anew as PNG", dataset.read_mask, 0)
+    assert dataset.notes == ["warning: JPEG changes class indices, export these masks anew as PNG: 0"]
 
 
 def test_good_photos_of_a_line_of_their_own_are_good(tmp_path):
@@ -561,7 +563,7 @@ def test_good_photos_of_a_line_of_their_own_are_good(tmp_path):
     (("train", "testing"), {"train": 3, "test": 3}),
     (("Training/crack", "test/good"), {"train": 3, "test": 3}),
     (("training_set", "dev"), {"train": 3, "val": 3, "test": 3}),
-    (("trainset", "holdout-set"), {"train": 3, "test": 3}),
+    (("trainval", "holdout-set"), {"train": 3, "test": 3}),
     (("train2017", "Test Set"), {"train": 3, "test": 3}),
     (("train_images", "val_images"), {"train": 3, "val": 3, "test": 3}),
     (("train", "crack"), None), (("val", "crack"), None)])      # a split, or a kind?
