@@ -34,9 +34,9 @@ NOISE_SCALE = 1.02  # of small after a plan: its pictures have too little grain 
 SWITCH_T = 400      # the released script's value; the paper's own u is reported ambiguously (50 in one place)
 IMAGE_STD = 0.7     # of the standardised image channels: most of their values lie in [-1, 1], as masks do
 GUIDANCE = 0.5      # of painting; 0: none, defects come out half as strong as real ones: docs/results.md
-# (B, C + K, H, W) each. x_start: x_0; where: bool, true where x_0 is known; without: x_0, but with the mask
-# of the picture before painting, which guidance compares with; equal to x_start where no mask is given
-Known = namedtuple("Known", "x_start where without")
+# (B, C + K, H, W) each. x_start: x_0; where: bool, true where x_0 is known; added: what the mask of x_start
+# has more than that of the photo before painting, 0 where no mask is given; None for plans, never guided
+Known = namedtuple("Known", "x_start where added")
 TILE = 512          # px; a small network that sees patches goes over larger pictures piece by piece
 
 
@@ -52,30 +52,36 @@ def switched(large, small, switch_t):
     return denoise
 
 
-def with_known(denoise, known, alphas_cumprod):
+def with_known(denoise, known):
     """A denoiser for a picture of which parts are known.
 
     It answers there with what they are, so a step leaves them at their noise level, and the network draws
     the rest to fit: RePaint (Lugmayr et al. 2022, eq. 8), said by x_0. Its resampling is sample()'s repeats.
 
-    A defect that the mask asks for comes out faint, so it is exaggerated: the network is asked again with the
-    same noise but without the defect in the mask, and GUIDANCE times the difference of the two answers is
-    added to the first. It is classifier-free guidance (Ho & Salimans 2022, eq. 6) with "no defect" in place
-    of no condition, and needs no training.
-
     known: a Known, or None where nothing is.
     """
     if known is None:
         return denoise
-    added = known.x_start - known.without                       # by the mask
-    is_guided = bool(added.any())
+    return lambda x_t, t: torch.where(known.where, known.x_start, denoise(x_t, t))
+
+
+def guided(denoise, known, alphas_cumprod):
+    """`small` where a mask is given: the defect that it asks for comes out faint, so it is exaggerated.
+
+    The network is asked again, with the same noise but without the defect in the mask, and GUIDANCE times
+    the difference of the two answers is added to the first: classifier-free guidance (Ho & Salimans 2022,
+    eq. 6) with "no defect" in place of no condition. It needs no training. `large` is not guided: what it
+    sees of a mask is large enough, and what it draws would be exaggerated a second time by `small`.
+
+    known: a Known, or None.
+    """
+    if known is None or not known.added.any():
+        return denoise
 
     def answer(x_t, t):
         x_start = denoise(x_t, t)
-        if is_guided:
-            plain = denoise(x_t - alphas_cumprod[t].item() ** 0.5 * added, t)
-            x_start = x_start + GUIDANCE * (x_start - plain)
-        return torch.where(known.where, known.x_start, x_start)
+        without = denoise(x_t - alphas_cumprod[t].item() ** 0.5 * known.added, t)
+        return x_start + GUIDANCE * (x_start - without)
     return answer
 
 
@@ -133,8 +139,8 @@ def enlarge(joint, size):
 
 def shrink(known, size):
     """The known parts of a picture as those of its plan: means of its pixels, known where all of them are."""
-    x_start, without = (F.adaptive_avg_pool2d(joint, size) for joint in (known.x_start, known.without))
-    return Known(x_start, F.adaptive_max_pool2d((~known.where).float(), size) == 0, without)
+    return Known(F.adaptive_avg_pool2d(known.x_start, size),
+                 F.adaptive_max_pool2d((~known.where).float(), size) == 0, None)
 
 
 def sight(net):
@@ -298,11 +304,11 @@ class DefectGen:
         """
         steps, painted = self.timesteps(num_steps, "logsnr", SWITCH_T), []
         for image, mask, region, seed in zip(images, masks, regions, seeds):
-            before = mask.where(~region, 0) if mask_given else mask      # without what is asked for
+            before = mask.where(~region, 0) if mask_given else mask
             x_start, without = (self.joint.encode(image[None].to(self.device), part[None].to(self.device))
                                 for part in (mask, before))
             free = torch.stack([region] * len(image) + [region & (not mask_given)] * len(self.classes))
-            known = Known(x_start, ~free[None].to(self.device), without)
+            known = Known(x_start, ~free[None].to(self.device), x_start - without)
             joint = self.draw([seed], steps, "ddpm", SWITCH_T, self.size, known, REPEATS)
             new_image, new_mask = (part[0].cpu() for part in self.joint.decode(joint))
             painted.append((torch.where(region, new_image, image), torch.where(region, new_mask, mask)))
@@ -334,15 +340,15 @@ class DefectGen:
                         repeats=repeats, on_step=on_step)
         channels = self.config["channels"] + len(self.classes)
         if self.plan_size == self.size:                             # the paper: one trajectory
-            denoise = switched(large, self.denoiser(self.small), switch_t)
+            denoise = switched(large, guided(self.denoiser(self.small), known, self.alphas_cumprod), switch_t)
             noise = noise_for(seeds, (channels, *size), self.device)
-            return along(with_known(denoise, known, self.alphas_cumprod), noise(), steps, noise=noise)
+            return along(with_known(denoise, known), noise(), steps, noise=noise)
 
         multiple = 2 ** self.large.depth
         plan_size = [math.ceil(n * plan / own / multiple) * multiple
                      for n, plan, own in zip(size, self.plan_size, self.size)]
         noise = noise_for(seeds, (channels, *plan_size), self.device)
-        denoise = with_known(large, known and shrink(known, plan_size), self.alphas_cumprod)
+        denoise = with_known(large, known and shrink(known, plan_size))
         plan = enlarge(along(denoise, noise(), steps, noise=noise), size)
         noise = noise_for([~seed for seed in seeds], plan.shape[1:], self.device)           # not the plan's
         return self.detail(plan, [t for t in steps if t < switch_t], noise, known, along)
@@ -359,8 +365,8 @@ class DefectGen:
             known = Known(*(part[..., *box] for part in known))
         if steps:
             x = q_sample(joint, steps[0], noise(), self.alphas_cumprod)[..., *box]
-            denoise = with_known(self.denoiser(self.small), known, self.alphas_cumprod)
-            joint[..., *box] = along(denoise, x, steps, noise=lambda: noise()[..., *box],
+            denoise = guided(self.denoiser(self.small), known, self.alphas_cumprod)
+            joint[..., *box] = along(with_known(denoise, known), x, steps, noise=lambda: noise()[..., *box],
                                      noise_scale=NOISE_SCALE)
         return joint
 

@@ -1,6 +1,7 @@
 """The hand-over: one trajectory, each network at its own timesteps; joint channels; checkpoints that fit."""
 import math
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -8,9 +9,9 @@ import torch
 import defect_gen
 from conftest import picture
 from datasets import open_dataset
-from defect_gen import (GUIDANCE, IMAGE_STD, NOISE_SCALE, NUM_STEPS, STAGES, DefectGen, Joint, Known,
-                        checkpoints, enlarge, exact_denoiser, image_statistics, in_tiles, load_stage,
-                        shrink, switched, with_known)
+from defect_gen import (GUIDANCE, IMAGE_STD, NOISE_SCALE, NUM_STEPS, REPEATS, STAGES, SWITCH_T, DefectGen,
+                        Joint, Known, checkpoints, enlarge, exact_denoiser, guided, image_statistics,
+                        in_tiles, load_stage, switched, with_known)
 from diffusion import logsnr, noise_for, q_sample, rng, sample, schedule, timesteps
 from unet import UNet, receptive_field
 
@@ -255,7 +256,7 @@ def test_an_exact_denoiser_draws_the_picture_that_is_known_in_part():
         known = torch.zeros(64, 3, 6, 6, dtype=torch.bool)
         known[part] = True
         noise = noise_for(range(64), (3, 6, 6))
-        denoise = with_known(exact, Known(asked, known, asked), table)
+        denoise = with_known(exact, Known(asked, known, None))
         drawn = sample(denoise, noise(), steps, table, "ddpm", noise, repeats=repeats)
         return ((drawn - asked).abs().amax((1, 2, 3)) < 0.1).double().mean()
     assert found((..., slice(4)), 1) == 1
@@ -286,36 +287,41 @@ def test_a_known_pixel_tells_the_other_nearly_as_much_as_in_a_gaussian(trained, 
     def noise():
         return torch.randn(3000, 2, 1, 1, dtype=torch.float64, generator=generator)
     known, where = torch.full((3000, 2, 1, 1), 1.5), torch.tensor([True, False]).view(1, 2, 1, 1)
-    denoise = with_known(exact, Known(known, where, known), table)
+    denoise = with_known(exact, Known(known, where, None))
     drawn = sample(denoise, noise(), alphas_cumprod=table, noise=noise, **asked)[:, 1]
     assert drawn.mean().item() == pytest.approx(1.35, abs=0.15)
     assert 0.33 < drawn.std().item() < 0.44
     once = sample(denoise, noise(), alphas_cumprod=table, noise=noise, **{**asked, "repeats": 1})[:, 1]
     assert once.mean() < 1                                          # why steps are repeated
 
-    without = known * torch.tensor([-1.0, 1.0]).view(1, 2, 1, 1)
-    guided = with_known(exact, Known(known, where, without), table)(torch.full_like(known, 0.5).double(), 600)
+    added = torch.tensor([3.0, 0.0]).view(1, 2, 1, 1)
+    answer = guided(exact, Known(known, where, added), table)(torch.full_like(known, 0.5).double(), 600)
     a = table[600].item()                                           # E[x | x_t] = m x_t, in closed form
     m = math.sqrt(a) * both @ (a * both + (1 - a) * torch.eye(2)).inverse()
-    wanted = 0.5 * m[1].sum() + GUIDANCE * m[1, 0] * math.sqrt(a) * 3
-    assert guided[0].flatten().tolist() == pytest.approx([1.5, wanted.item()])
+    wanted = 0.5 * m.sum(1) + GUIDANCE * m[:, 0] * math.sqrt(a) * 3
+    assert answer[0].flatten().tolist() == pytest.approx(wanted.tolist())
 
 
-def test_guidance_compares_with_the_photo_and_its_old_defects_in_plans_too(trained, data, monkeypatch):
+@pytest.mark.parametrize("stages", ["trained", "relay"])            # of one size, of two
+def test_guidance_asks_small_again_without_the_defect_that_is_added(stages, data, request, monkeypatch):
     asked, draw = [], DefectGen.draw
     monkeypatch.setattr(DefectGen, "draw", lambda self, *args: asked.append(args[5]) or draw(self, *args))
     images, old = open_dataset(data, (16, 16)).subset([0]).tensors()
     region = torch.zeros(1, 16, 16, dtype=torch.bool)
     region[:, 10:14, 10:14] = True
     assert old.any() and not old[region].any()
-    generator, masks = DefectGen.load(trained), old.where(~region, 2)
-    generator.paint(images, masks, region, [0], num_steps=2)
+    generator, masks = DefectGen.load(request.getfixturevalue(stages)), old.where(~region, 2)
+    calls = Counter()
+    for name in STAGES:
+        getattr(generator, name).register_forward_hook(lambda *_, name=name: calls.update([name]))
+    steps = generator.timesteps(6, "logsnr", SWITCH_T)
+    generator.paint(images, masks, region, [0], num_steps=6)
     known, encode = asked[0], generator.joint.encode
     assert torch.equal(known.x_start, encode(images, masks))
-    assert torch.equal(known.without, encode(images, old))
-    plan = shrink(known, (8, 8))
-    for joint, small in ((known.x_start, plan.x_start), (known.without, plan.without)):
-        torch.testing.assert_close(small, torch.nn.functional.avg_pool2d(joint, 2))
+    assert torch.equal(known.added, encode(images, masks) - encode(images, old))
+    below = sum(t < SWITCH_T for t in steps)                        # the last step is not repeated
+    assert calls["small"] == 2 * (REPEATS * (below - 1) + 1)
+    assert calls["large"] == (REPEATS * (6 - below) if stages == "trained" else REPEATS * 5 + 1)
 
 
 @pytest.mark.parametrize("stages", ["trained", "relay"])            # of one size, of two
