@@ -162,8 +162,7 @@ class DefectDataset:
         self._classes_in = {}                                   # shared by all subsets
         self.white = white_of([sample.image for sample in samples]) if channels == 1 else None
         if self.white not in (None, 65535):
-            bits = self.white.bit_length()
-            self.notes.append(f"warning: photos use {bits} of 16 bits: {self.white} is taken for white")
+            self.notes.append(f"warning: white is {self.white} here, by the brightest photos")
 
     def __len__(self):
         return len(self.samples)
@@ -249,8 +248,8 @@ class DefectDataset:
                              f"with --split, or write a split.json")
         missing = set(splits[split]) - {sample.name for sample in self.samples}
         if missing and not self.problems:
-            raise ValueError(f"split.json, '{split}': {len(missing)} images are not there: {listed(missing)}."
-                             f" A name is like {self.samples[0].name}")
+            raise ValueError(f"split.json, '{split}': {len(missing)} images are not there: "
+                             f"{listed(sorted(missing))}. A name is like {self.samples[0].name}")
         if not splits[split]:
             raise ValueError(f"the split '{split}' of {self.name} is empty ({rule}); choose another")
         wanted = set(splits[split])             # as they lie in the folder: the order of a list means nothing

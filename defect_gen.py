@@ -33,7 +33,7 @@ PAINT_STEPS, REPEATS = 20, 5       # of painting: timesteps, how often each is t
 NOISE_SCALE = 1.02  # of small after a plan: its pictures have too little grain without, see docs/results.md
 SWITCH_T = 400      # the released script's value; the paper's own u is reported ambiguously (50 in one place)
 IMAGE_STD = 0.7     # of the standardised image channels: most of their values lie in [-1, 1], as masks do
-GUIDANCE = 0.5      # of painting; 0: none, defects come out half as strong as real ones: docs/results.md
+GUIDANCE = 0.5      # of painting; with 0 defects come out half as strong as real ones: docs/results.md
 # (B, C + K, H, W) each. x_start: x_0; where: bool, true where x_0 is known; added: what the mask of x_start
 # has more than that of the photo before painting, 0 where no mask is given; None for plans, never guided
 Known = namedtuple("Known", "x_start where added")
@@ -128,8 +128,10 @@ def image_statistics(dataset):
     """
     copies = dataset.subset(range(len(dataset)))
     copies.size = (64, 64)
-    images = copies.tensors()[0].double()
-    return {"mean": images.mean((0, 2, 3)).tolist(), "std": images.std((0, 2, 3)).clamp(min=1).tolist()}
+    images = copies.tensors()[0].double()       # sums of whole numbers: exact in any order, with any threads
+    mean = images.mean((0, 2, 3))
+    std = (images.square().mean((0, 2, 3)) - mean.square()).clamp(min=1).sqrt()
+    return {"mean": mean.tolist(), "std": std.tolist()}
 
 
 def enlarge(joint, size):
@@ -290,29 +292,28 @@ class DefectGen:
                                  f"{low} <= t < {high}: use {least} to {most}, or train with --t-range full")
         return steps
 
-    def paint(self, images, masks, regions, seeds, mask_given=True, num_steps=PAINT_STEPS):
-        """Draw into photos: what is outside a region is known, inside it the image is drawn to fit the mask.
+    def paint(self, images, masks, regions, seeds, num_steps=PAINT_STEPS):
+        """Draw into photos: masks and what is outside a region are known, the image in it is drawn to fit.
 
-        A region of the whole picture makes an image for a mask. One pair at a time: the small network goes
+        A region of the whole picture makes an image for a mask. One photo at a time: the small network goes
         over the region and what its pixels see alone.
 
         Args:
             images:  uint8 (N, C, H, W), of the run's size.
-            masks:   uint8 (N, H, W), how they shall be; inside the regions only if mask_given, else drawn.
+            masks:   uint8 (N, H, W), how they shall be; outside the regions they are those of the images.
             regions: bool (N, H, W).
-        Returns: images uint8 (N, C, H, W), unchanged outside the regions, and masks uint8 (N, H, W).
+        Returns: uint8 (N, C, H, W), unchanged outside the regions.
         """
         steps, painted = self.timesteps(num_steps, "logsnr", SWITCH_T), []
         for image, mask, region, seed in zip(images, masks, regions, seeds):
-            before = mask.where(~region, 0) if mask_given else mask
-            x_start, without = (self.joint.encode(image[None].to(self.device), part[None].to(self.device))
-                                for part in (mask, before))
-            free = torch.stack([region] * len(image) + [region & (not mask_given)] * len(self.classes))
-            known = Known(x_start, ~free[None].to(self.device), x_start - without)
-            joint = self.draw([seed], steps, "ddpm", SWITCH_T, self.size, known, REPEATS)
-            new_image, new_mask = (part[0].cpu() for part in self.joint.decode(joint))
-            painted.append((torch.where(region, new_image, image), torch.where(region, new_mask, mask)))
-        return tuple(map(torch.stack, zip(*painted)))
+            x_start, before = (self.joint.encode(image[None].to(self.device), part[None].to(self.device))
+                               for part in (mask, mask.where(~region, 0)))
+            where = torch.ones_like(x_start, dtype=torch.bool)
+            where[:, :len(image)] = ~region.to(self.device)
+            known = Known(x_start, where, x_start - before)
+            drawn = self.joint.decode(self.draw([seed], steps, "ddpm", SWITCH_T, self.size, known, REPEATS))
+            painted.append(torch.where(region, drawn[0][0].cpu(), image))
+        return torch.stack(painted)
 
     def sample(self, seeds, num_steps=NUM_STEPS, sampler="dpm++", spacing="logsnr", switch_t=SWITCH_T,
                size=None, batch_size=16, on_step=None):
@@ -391,7 +392,8 @@ def main():
     add = parser.add_argument
     add("--run", help="a run with both stages (default: an exact denoiser, which copies 30 drawn pills)")
     add("--seed", type=int, default=0, help="the picture's seed (default: %(default)s)")
-    add("--num-steps", type=int, default=12, help="network calls (default: %(default)s)")
+    add("--num-steps", type=int, default=12, help="timesteps from noise to picture (default: "
+        "%(default)s)")
     add("--switch-t", type=int, default=SWITCH_T, help="small draws at t < this (default: %(default)s)")
     add("--out", default="runs/trajectory.png", help="the picture to write (default: %(default)s)")
     add("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")

@@ -332,7 +332,7 @@ def generation(run, progress):
     count = min(len(test[0]) // 2, len(run.generated[0]) // parts)
     if len(test[0]) < 4 or not count:
         return not_run("Generation", f"{len(test[0])} held-out images have a defect and there are "
-                       f"{len(run.generated[0])} pairs; it takes 4, and {parts} (--seeds)")
+                       f"{len(run.generated[0])} pairs; needed are 4, and {parts} pairs (--seeds)")
     numbers = compare(run, training, {"generated": run.generated}, progress)
     rows = [[name, *(spread([values[name] for values in sets], 2) for sets in numbers.values())]
             for name in numbers["generated"][0]]

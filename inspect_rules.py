@@ -322,7 +322,8 @@ def check_classes(standard, classes, where):
     """Refuse a misspelt class: it would have area 0 in every mask, and its rule would never reject."""
     unknown = {c for rule in standard.rules for c in rule.classes} - set(classes)
     if unknown:
-        raise ValueError(f"{where}: rules name {sorted(unknown)}; the class table has {', '.join(classes)}")
+        raise ValueError(f"{where}: rules name {sorted(unknown)}; the class table has {', '.join(classes)}; "
+                         "correct one of the two")
 
 
 def check_shape(shape, native_size, where, squashed=False):

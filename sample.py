@@ -75,15 +75,15 @@ def parse_args(argv=None):
     add("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
     add("--out", help="data set to write (default: RUN/samples, or RUN/painted)")
     add("--defect", metavar="CLASS", help="keep only pairs whose mask has this class")
-    add("--min-area-px", type=int, default=0, help="keep only pairs with so many px or more of it or all")
+    add("--min-area-px", type=int, default=0, help="keep only pairs with so many px of --defect, or of all")
     add("--max-area-px", type=int, help="keep only pairs with at most so many")
     add = parser.add_argument_group("painting one defect into each photo; of --defect if given").add_argument
     add("--photos", metavar="FOLDER", help="good photos, or a data set: then its photos without a defect, or "
         "all, whose defects stay labelled")
-    add("--split", help="of --photos (default: all)")
+    add("--split", help="of --photos where it is a data set (default: all)")
     add("--masks", metavar="FOLDER", help="training: defects trained on, moved (default); generated: of "
         "pairs drawn for it; or index masks; without --photos whole pictures are drawn for them")
-    add("--where", metavar="PNG", help="defects lie where it is white (default: near those trained on)")
+    add("--where", metavar="PNG", help="all defects lie where it is white (default: near those trained on)")
     add("--judge", metavar="FILE", help="segment.pt of segment.py: scores how far it sees the wanted mask")
     add("--min-fit", type=float, default=0.0, metavar="IOU", help="paint again what --judge scores lower")
     args = parser.parse_args(argv)
@@ -92,8 +92,8 @@ def parse_args(argv=None):
     for name in DRAWING if args.paint else PAINTING:
         if getattr(args, name) != parser.get_default(name):
             flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} is {'not ' * args.paint}for painting, which --photos and --masks ask "
-                             "for: leave it away")
+            raise ValueError(f"{flag} is for drawing alone: leave it out with --photos and --masks"
+                             if args.paint else f"{flag} is for painting: add --photos or --masks")
     if args.min_fit and not args.judge:
         raise ValueError("--min-fit is of the scores of --judge: name its segment.pt")
     if args.count < 1 or args.batch_size is not None and args.batch_size < 1:
@@ -201,9 +201,10 @@ def open_photos(args, generator):
     if not len(photos):
         raise ValueError(f"--photos {spec}: no photos in this folder")
     photos.white = generator.config["white"] or photos.white
-    if photos.channels != channels:
-        raise ValueError(f"--photos {spec}: they have {photos.channels} channels, those that {args.run} was "
-                         f"trained on {channels}; convert them")
+    if photos.channels > channels:
+        raise ValueError(f"--photos {spec}: are in colour, but {args.run} was trained on grey ones; convert "
+                         "them to grey")
+    photos.channels = channels                                      # grey ones are read as colour
     return photos
 
 
@@ -381,7 +382,7 @@ class Painter:
         region = old == 0
         if self.photos:
             region &= grown(mask > 0, min(mask.shape) // 32)
-        return self.generator.paint(before[None], (old + mask)[None], region[None], [seed])[0][0], region
+        return self.generator.paint(before[None], (old + mask)[None], region[None], [seed])[0], region
 
     def attempt(self, seed, n):
         """(photo, mask, record) of try n, native; or a few words why there is none."""
@@ -437,7 +438,8 @@ def paint_pairs(args):
         table.writerows([name, *map(record.get, SCORES)] for name, record in records.items())
     said = f"; tries that failed: {dict(failed)}" if failed else ""
     if not records:
-        raise ValueError(f"no defect painted in {TRIES} tries for each of {len(seeds)}{said}")
+        raise ValueError(f"no defect painted in {TRIES} tries for each of {len(seeds)}{said}; see --where, "
+                         "--min-fit")
     first = sorted(records)[:32] if painter.photos else []
     photos = [painter.read(int(name), records[name]["tries"] - 1, generator.size)[1] for name in first]
     write_sheet(out, open_dataset(out, generator.size), photos)

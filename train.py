@@ -48,7 +48,7 @@ PRESETS = {
     # 64x64 on two CPU cores in minutes, after a plan of 32x32: demo, tests, teaching
     "tiny": dict(large=dict({**TINY, **PLAN}, size=(32, 32), steps=2000, batch_size=8, network=WHOLE),
                  small=dict(TINY, network=PATCHES)),
-    # 256x256 on two CPU cores in an hour or two: a plan of 64x64, then crops of the photos
+    # 256x256 in an hour or two of a CPU core: a plan of 64x64, then crops of the photos
     "laptop": dict(large=dict({**LAPTOP, **PLAN}, size=(64, 64), steps=2000, network=WHOLE),
                    small=dict(LAPTOP, size=(256, 256), crop=96,
                               network=dict(PATCHES, num_res_blocks=2))),
@@ -90,8 +90,8 @@ def parse_args(argv=None):
     add("--depth", type=int, choices=range(7), help="down-samplings: fewer see less, see unet.py")
     add("--target", choices=TARGETS, help="what the network predicts")
     add("--weighting", choices=WEIGHTINGS, help="what errors count, by timestep")
-    add("--soft-masks", action=argparse.BooleanOptionalAction, help="a mask pixel holds the share of each "
-        "class in it: in a plan, defects finer than its pixels would vanish")
+    add("--soft-masks", action=argparse.BooleanOptionalAction, help=f"learn means of {FINER}x{FINER} finer "
+        "pixels, of photo and mask: without, defects finer than a plan's pixels vanish")
     add("--t-range", choices=["own", "full"], help="timesteps to train at: the stage's own side of t = "
         f"{SWITCH_T} and {T_MARGIN} beyond it, or all, for any --switch-t")
     add("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
@@ -119,7 +119,7 @@ def complete(args, stage):
 # --- data ---
 
 def order(num_images, start, count, seed):
-    """Positions start .. start + count - 1 of an endless stream of shuffled epochs: all images as often."""
+    """Positions start .. start + count - 1 of endless shuffled epochs: each image equally often."""
     positions = range(start, start + count)
     epochs = {p // num_images for p in positions}
     shuffled = {e: torch.randperm(num_images, generator=rng(seed, ORDER, e)).tolist() for e in epochs}
@@ -127,7 +127,7 @@ def order(num_images, start, count, seed):
 
 
 def window(mask, side, defect_share, generator):
-    """(rows, columns) of a random window of `side` px; so many are laid over a pixel of a defect."""
+    """(rows, columns) of a random window of `side` px; a share of defect_share shows a defect's pixel."""
     least, most = [0, 0], [max(0, n - side) for n in mask.shape]
     pixels = defects(mask).nonzero()
     if len(pixels) and torch.rand((), generator=generator) < defect_share:
@@ -204,7 +204,7 @@ def prepare(args, processes):
         raise ValueError(f"{folder} holds checkpoints: --resume continues them, another --out starts anew")
     if args.batch_size % parts:
         raise ValueError(f"--batch-size {args.batch_size} does not divide into {parts} equal parts "
-                         f"({processes} processes, --accumulate {args.accumulate})")
+                         f"({processes} processes, --accumulate {args.accumulate}): take a multiple")
     device = pick_device(args.device)
     dataset = open_dataset(args.data, args.size, args.split, args.object)
     print(describe(dataset))
@@ -224,7 +224,8 @@ def prepare(args, processes):
     if args.stage == "large" and depth < min(network["attention_levels"]):
         print(f"warning: at --depth {depth} the large network has no attention and sees patches")
     if args.crop and (args.stage == "large" or args.soft_masks):
-        raise ValueError("--crop is for a small stage without --soft-masks: a plan is of the whole product")
+        raise ValueError(f"--crop {args.crop} is for a small stage without --soft-masks; --crop 0 takes "
+                         "whole photos")
     check_size(*args.size, depth)
     if args.crop and (args.crop < 0 or args.crop % 2 ** depth):
         raise ValueError(f"--crop {args.crop}: the net halves it {depth} times, use multiples of {2**depth}")
@@ -288,7 +289,8 @@ def restore(folder, config, net, ema, optimizer):
     changed = [f"{name} was {old.get(name)} and is {value}" for name, value in config.items()
                if name not in FREE and old.get(name, value) != value]
     if changed:
-        raise ValueError(f"{folder}: cannot resume with other settings: {'; '.join(changed)}")
+        raise ValueError(f"{folder}: cannot resume with other settings: {'; '.join(changed)}; give the old "
+                         "ones, or another --out")
     net.load_state_dict(checkpoint["model"])
     ema.load_state_dict(checkpoint["ema"])
     optimizer.load_state_dict(checkpoint["optimizer"])

@@ -93,7 +93,7 @@ def variety(painter, turn, k):
         if wanted is not None:
             inside = (wanted > 0).expand(VARIETY, *size)
             images = painter.generator.paint(photo.expand(VARIETY, *photo.shape), inside.byte() * k, inside,
-                                             range(VARIETY))[0]
+                                             range(VARIETY))
             return images.float().std(0)[:, wanted > 0].mean().item()
     return math.nan
 

@@ -512,7 +512,7 @@ def test_photos_of_12_bits_are_read_at_one_depth_for_the_whole_set_which_is_said
         save(tmp_path / f"image/good/{n}.png", Image.fromarray(np.full((8, 8), value, np.uint16)))
     data = open_dataset(tmp_path)
     assert [data[i][0].max().item() for i in (0, 1)] == [round(200 / 4095 * 255), round(4000 / 4095 * 255)]
-    assert "warning: photos use 12 of 16 bits: 4095 is taken for white" in datasets.describe(data)
+    assert "warning: white is 4095 here, by the brightest photos" in datasets.describe(data)
     hot = np.full((100, 120), 200, np.uint16)
     hot[5, 5] = 65535                                           # a broken pixel of the camera
     save(tmp_path / "image/good/2.png", Image.fromarray(hot))

@@ -3,12 +3,13 @@ import math
 import shutil
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
 import defect_gen
 from conftest import picture
-from datasets import open_dataset
+from datasets import open_dataset, write_image
 from defect_gen import (GUIDANCE, IMAGE_STD, NOISE_SCALE, NUM_STEPS, REPEATS, STAGES, SWITCH_T, DefectGen,
                         Joint, Known, checkpoints, enlarge, exact_denoiser, guided, image_statistics,
                         in_tiles, load_stage, switched, with_known)
@@ -47,6 +48,21 @@ def test_images_are_standardised_over_the_training_set_whatever_the_size(data):
     torch.testing.assert_close(image.std((0, 2, 3)), torch.full((3,), IMAGE_STD))
     # So photos of any contrast are as strong as the noise at one timestep, close to the switch.
     assert (IMAGE_STD ** 2 * logsnr(schedule()).exp() > 1).sum() == 383
+
+
+def test_statistics_are_the_same_with_any_number_of_threads(tmp_path):
+    """They are compared exactly: of the two stages, and by --resume."""
+    noise = np.random.default_rng(0).integers(0, 256, (20, 1, 64, 64), np.uint8)
+    for i, image in enumerate(noise):
+        write_image(tmp_path / f"images/good/{i}.png", image)
+    (tmp_path / "masks").mkdir()
+    data, before, found = open_dataset(tmp_path), torch.get_num_threads(), []
+    for threads in 1, 2, 3:
+        torch.set_num_threads(threads)
+        found.append(image_statistics(data))
+    torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
+    assert found[0] == {"mean": [pytest.approx(noise.mean())], "std": [pytest.approx(noise.std())]}
 
 
 @pytest.mark.parametrize("switch_t", [0, 1, 400, 1000])
@@ -325,24 +341,19 @@ def test_guidance_asks_small_again_without_the_defect_that_is_added(stages, data
 
 
 @pytest.mark.parametrize("stages", ["trained", "relay"])            # of one size, of two
-def test_painting_changes_the_region_alone_and_a_region_of_everything_is_a_drawn_pair(stages, data, request,
-                                                                                        monkeypatch):
+def test_where_nothing_is_known_a_pair_is_drawn_and_painting_changes_the_region_alone(stages, data, request):
     generator = DefectGen.load(request.getfixturevalue(stages))
-    images, masks = open_dataset(data, (16, 16)).subset([0, 1]).tensors()
-    everything, region = torch.ones(2, 16, 16, dtype=torch.bool), torch.zeros(2, 16, 16, dtype=torch.bool)
-    with monkeypatch.context() as patch:
-        patch.setattr(defect_gen, "REPEATS", 1)
-        drawn = generator.paint(images, masks, everything, [4, 5], mask_given=False, num_steps=6)
+    nothing = torch.zeros(2, generator.config["channels"] + len(generator.classes), 16, 16)
+    how = generator.timesteps(6, "logsnr", SWITCH_T), "ddpm", SWITCH_T, generator.size
+    drawn = generator.joint.decode(generator.draw([4, 5], *how, Known(nothing, nothing > 0, nothing)))
     assert all(map(torch.equal, drawn, generator.sample([4, 5], 6, "ddpm")))
+    images, masks = open_dataset(data, (16, 16)).subset([0, 1]).tensors()
+    region = torch.zeros(2, 16, 16, dtype=torch.bool)
     region[:, 3:9, 5:12] = True
-    for mask_given in (True, False):
-        new_images, new_masks = generator.paint(images, masks, region, [4, 5], mask_given, 6)
-        outside = ~region[:, None].expand_as(images)
-        assert torch.equal(new_images[outside], images[outside]) and not torch.equal(new_images, images)
-        assert torch.equal(new_masks[~region], masks[~region])
-        assert torch.equal(new_masks, masks) or not mask_given
-    again = generator.paint(images[1:], masks[1:], region[1:], [5], False, 6)
-    assert torch.equal(again[0][0], new_images[1]) and torch.equal(again[1][0], new_masks[1])
+    painted = generator.paint(images, masks, region, [4, 5], 6)
+    outside = ~region[:, None].expand_as(images)
+    assert torch.equal(painted[outside], images[outside]) and not torch.equal(painted, images)
+    assert torch.equal(generator.paint(images[1:], masks[1:], region[1:], [5], 6)[0], painted[1])
 
 
 def test_what_the_small_network_cannot_see_is_not_computed(relay, data, monkeypatch):
@@ -357,5 +368,5 @@ def test_what_the_small_network_cannot_see_is_not_computed(relay, data, monkeypa
     part = generator.paint(images, masks, region, [0], num_steps=6)
     whole = [slice(0, n) for n in big]
     monkeypatch.setattr(defect_gen, "surroundings", lambda drawn, net: whole)
-    assert all(map(torch.equal, part, generator.paint(images, masks, region, [0], num_steps=6)))
+    assert torch.equal(part, generator.paint(images, masks, region, [0], num_steps=6))
     assert seen[0] != big and seen[-1] == big

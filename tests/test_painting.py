@@ -3,6 +3,7 @@ import csv
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def paint(run, *flags):
 def painter(trained, tmp_path, monkeypatch):
     """A copy of the run; four steps of training paint with seams, which here may be."""
     monkeypatch.setattr(sample, "MAX_SEAM", math.inf)
-    monkeypatch.setattr(sample.DefectGen.paint, "__defaults__", (True, 2, 1))
+    monkeypatch.setattr(sample.DefectGen.paint, "__defaults__", (2,))
     return shutil.copytree(trained, tmp_path / "run")
 
 
@@ -97,9 +98,20 @@ def test_without_photos_whole_pictures_are_drawn_for_the_masks(painter, data):
     assert len({image.numpy().tobytes() for image in images}) == 4
 
 
+def test_grey_photos_are_read_as_colour_and_colour_is_refused_by_a_grey_run(tmp_path):
+    write_image(tmp_path / "grey/a.png", np.full((3, 20, 20), 90, np.uint8))
+    write_image(tmp_path / "red/a.png", np.full((3, 20, 20), [[[90]], [[0]], [[0]]], np.uint8))
+
+    def opened(name, channels):
+        generator = SimpleNamespace(config={"channels": channels, "white": None}, classes=("background", "a"))
+        return sample.open_photos(SimpleNamespace(photos=str(tmp_path / name), run="RUN"), generator)
+    assert opened("grey", 3)[0][0].shape == (3, 20, 20) and opened("grey", 1)[0][0].shape == (1, 20, 20)
+    with pytest.raises(ValueError, match="red: are in colour, but RUN was trained on grey ones;"):
+        opened("red", 1)
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--photos", "empty"], "no photos in this folder"),
-    (["--photos", "grey"], "they have 1 channels, those that .* was trained on 3"),
     (["--photos", "drawn:pill"], "has the classes .*, but .* was trained with background, crack, dirt"),
     (["--defect", "scratch"], "--defect scratch: .* draws crack, dirt"),
     (["--masks", "empty"], "expected training, generated or a folder"),
@@ -108,7 +120,6 @@ def test_without_photos_whole_pictures_are_drawn_for_the_masks(painter, data):
 def test_what_does_not_fit_is_a_sentence(painter, data, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
-    write_image("grey/a.png", np.full((1, 20, 20), 90, np.uint8))
     write_image("wide/000_mask.png", np.ones((1, 7, 9), np.uint8))
     write_image("black.png", np.zeros((1, 24, 32), np.uint8))
     with pytest.raises(ValueError, match=message):

@@ -82,9 +82,9 @@ def test_other_settings_or_checkpoints_do_not_mix_into_one_folder(trained, tmp_p
 
 def test_seeds_are_ranges_and_numbers_each_once():
     assert sample.parse_seeds("2,1-3, 5") == [2, 1, 3, 5]
-    with pytest.raises(ValueError, match="--judge is for painting, which --photos and --masks ask for"):
+    with pytest.raises(ValueError, match="--judge is for painting: add --photos or --masks"):
         sample.parse_args(["--judge", "segment.pt"])
-    with pytest.raises(ValueError, match="--num-steps is not for painting"):
+    with pytest.raises(ValueError, match="--num-steps is for drawing alone: leave it out"):
         sample.parse_args(["--photos", "good", "--num-steps", "9"])
 
 
