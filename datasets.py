@@ -42,7 +42,6 @@ CONVERT = "Convert any other layout with: python data/convert.py {} --out NEW"
 SPLITS = dict(train="train", training="train", trainval="train", val="val", valid="val", validation="val",
               eval="val", dev="val", test="test", testing="test", test_public="test", holdout="test")
 GOOD_KINDS = {"good", "ok", "Normal", "MT_Free"}    # products without a defect; they may come without masks
-JPEG = {".jpg", ".jpeg"}
 FEW_SHOT = 5                        # images per kind that train where there is no split (the authors' rule)
 AUGMENTATIONS = ("flip", "turn")
 PALETTE = np.array([(0, 0, 0), (230, 25, 75), (60, 180, 75), (67, 99, 216), (255, 225, 25), (245, 130, 49),
@@ -121,8 +120,8 @@ def white_of(paths):
 
 
 def split_of(folder):
-    """The split that a folder is called after, "train" of Train, Training Set or train2017; else None."""
-    return SPLITS.get(re.sub("[ _-]?(set|images?|img|data|split)$|[0-9]{4}$", "", folder.lower()))
+    """The split that a folder is called after, "train" of Train, Training Set or train_1; else None."""
+    return SPLITS.get(re.sub("[ _-]?(set|images?|img|data|split|[0-9]+)$", "", folder.lower()))
 
 
 def is_good(kind):
@@ -192,11 +191,8 @@ class DefectDataset:
             return np.zeros(open_picture(photo).size[::-1], np.uint8)
         mask, classes = inspect_rules.read_mask(path, self.classes, label), ", ".join(self.classes)
         if ((mask >= len(self.classes)) & (mask != IGNORE)).any():
-            values, jpeg = np.unique(mask)[:12].tolist(), path.suffix.lower() in JPEG
-            raise ValueError(f"{path}: mask has the values {values} but the classes are 0.."
-                             f"{len(self.classes) - 1} ({classes}); "
-                             + ("JPEG changes them: export masks anew as PNG" if jpeg else
-                                "add what is missing to classes.json"))
+            raise ValueError(f"{path}: mask has the values {np.unique(mask)[:12].tolist()} but the classes "
+                             f"are 0..{len(self.classes) - 1} ({classes}); add those to classes.json")
         return mask.astype(np.uint8)
 
     def classes_in(self, i):
@@ -346,8 +342,6 @@ def read_folder(photos, masks):
         notes = [f"left out, photos of another product: {listed(FOREIGN[name])}"]
         samples = [s for s in samples if s.name not in FOREIGN[name]]
     classes = classes or CLASS_TABLES.get(name) or classes_of_values(root, samples)
-    if jpeg := [s.name for s in samples if s.mask and s.label is None and s.mask.suffix.lower() in JPEG]:
-        notes.append(f"warning: JPEG changes class indices, export these masks anew as PNG: {listed(jpeg)}")
     splits, folders = read_splits(root / "split.json"), {}
     inner = sorted({sample.kind for sample in samples if any(map(split_of, sample.kind.split("/")[1:]))})
     if inner and not splits:
@@ -394,8 +388,9 @@ def find_pairs(photos, masks, binary_kinds=()):
 
 def images_in(folder):
     """{(kind, stem): path} of the images in a folder, whose kind is "", and in those below, the kinds."""
-    files, below = {}, listing(folder)
-    for parent in [folder, *below, *(inner for path in below for inner in listing(path))]:
+    files, parents = {}, [folder]
+    for parent in parents:
+        parents += [path for path in listing(parent) if path.is_dir()]      # grows: all levels, one by one
         kind = parent.relative_to(folder).as_posix().lstrip(".")
         for path in listing(parent):
             if path.suffix.lower() in IMAGE_SUFFIXES:
@@ -436,7 +431,10 @@ def read_splits(path):
     lists = splits.values() if isinstance(splits, dict) else [None]
     if not all(isinstance(part, list) and all(isinstance(name, str) for name in part) for part in lists):
         raise ValueError(f'{path}: expected {{"train": ["<kind>/<stem>", ...], "test": [...]}}')
-    return {split: [*map(plain, part)] for split, part in splits.items()}
+    splits = {split: [*map(plain, part)] for split, part in splits.items()}
+    if both := {*splits.get("train", [])} & {*splits.get("test", [])}:
+        raise ValueError(f"{path}: both train and test have {listed(sorted(both))}; take them out of one")
+    return splits
 
 
 def augment(image, mask, names, generator):

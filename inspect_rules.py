@@ -360,15 +360,19 @@ def open_picture(path) -> Image.Image:
     """A loaded picture, turned upright by its EXIF tag; of several frames the first."""
     try:
         with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture)
+            deep = picture.mode[0] == "R" and ";16" in str(getattr(picture, "tile", ""))
+            picture = ImageOps.exif_transpose(picture)
     except Exception as error:      # Pillow raises OSError, SyntaxError, struct.error, ... by format
         raise ValueError(f"{path}: cannot be read as an image ({error}); replace or remove it") from None
+    if deep:                        # Pillow reads the upper 8 bits: photos of 12 bits would be nearly black
+        raise ValueError(f"{path}: is colour of 16 bits, of which only 8 can be read; save it with 8 bits")
+    return picture
 
 
 def read_mask(path, classes, label=None) -> np.ndarray:
     """(H, W) class indices of a picture of one channel, or of equal ones: grey, 16 bits, palette (indices).
 
-    label: the class of the pixels from 128 on of a mask in black and white, else refused.
+    label: the class of the pixels from 128 on, or of 0/1 masks from 1, in black and white; else refused.
     """
     picture = open_picture(path)
     if label is not None and picture.mode in ("1", "P"):
@@ -381,9 +385,12 @@ def read_mask(path, classes, label=None) -> np.ndarray:
     if mode not in ("1", "L", "P", "I", "I;16"):
         raise ValueError(f"{path}: is {mode}, but a mask has one channel, whose values are class indices; "
                          "data/convert.py reads masks in colours")
-    if label is not None:
-        return (mask >= 128) * label
     top = int(mask.max())
+    if label is not None:
+        return (mask >= (1 if top == 1 else 128)) * label
+    if top and path.suffix.lower() in (".jpg", ".jpeg"):
+        raise ValueError(f"{path}: JPEG changes class indices; export masks anew as PNG (data/convert.py "
+                         "reads JPEG in black and white)")
     if mode == "1" or (top in (255, 65535) and top >= len(classes) and np.isin(mask, (0, top)).all()):
         raise ValueError(f"{path}: is a binary 0/255 mask; values must be class indices 0, 1, 2, ... "
                          "data/convert.py makes them")

@@ -523,9 +523,7 @@ def miou(confusion: torch.Tensor) -> dict:
 # --- command ---
 
 def predict_photos(args):
-    """Masks of native size for a folder of photos, in args.out, with overlays and links to the photos; what
-    is there is kept.
-    """
+    """Masks of native size for a folder of photos, in args.out, with overlays and links to the photos."""
     out, photos = Path(args.out), images_in(Path(args.predict))
     masks_of, saved = load_segmenter(args.weights, pick_device(args.device))
     if not photos:
@@ -534,16 +532,19 @@ def predict_photos(args):
     if missed := [name for name, iou in zip(saved["classes"][1:], saved["iou"][1:]) if not iou]:
         print(f"warning: this segmenter found no {', '.join(missed)} in its test photos; train it for longer")
     white = saved["white"] or white_of(photos.values())
+    if white != saved["white"]:
+        print(f"warning: photos of 16 bits, but this segmenter learned from 8: white is taken to be {white}")
     for (kind, stem), path in tqdm(photos.items(), unit="photo"):
         link, mask_path, *_ = pair_paths(out, stem, kind)
+        link = link.with_suffix(path.suffix.lower())                # to what verdicts are drawn on
         link.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(OSError):                         # there already, or not possible here
-            link.with_suffix(path.suffix.lower()).symlink_to(path.resolve())    # what verdicts are drawn on
-        if not mask_path.exists():
-            image = as_tensor(to_mode(open_picture(path), 3, white))
-            mask = masks_of(image[None])[0]
-            write_image(out / "overlay" / kind / f"{stem}.png", overlay(image, mask))
-            write_image(mask_path, mask[None])
+        link.unlink(missing_ok=True)
+        with suppress(OSError):                                     # not possible on every disk
+            link.symlink_to(path.resolve())
+        image = as_tensor(to_mode(open_picture(path), 3, white))
+        mask = masks_of(image[None])[0]
+        write_image(out / "overlay" / kind / f"{stem}.png", overlay(image, mask))
+        write_image(mask_path, mask[None])
     print(f"{len(photos)} masks in {out}; next: python inspect_rules.py --standard NAME --masks {out}")
 
 

@@ -22,6 +22,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+import unicodedata
 import xml.etree.ElementTree as ET
 import zipfile
 from collections import Counter, namedtuple
@@ -106,7 +107,8 @@ def read_classes(root):
 def read_splits(root):
     """{"<kind>/<stem>": [split, ...]} of a split.json or of VOC's lists; {} where there is none."""
     splits, voc = {}, [p for p in root.glob("ImageSets/Segmentation/*.txt") if p.stem in WORDS]
-    lists = read_json(root / "split.json") or {WORDS[path.stem]: read_text(path).split() for path in voc}
+    lists = read_json(root / "split.json") or {
+        WORDS[path.stem]: re.findall(r"(?m)^\s*(\S.*?)\s*$", read_text(path)) for path in voc}
     with naming(root / "split.json", 'write {"train": ["<kind>/<stem>", ...]}'):
         for split, names in lists.items():
             for name in names:
@@ -273,7 +275,8 @@ def read_codes(path, palette=False):
             raise Wrong(f"{path}: what shows the defects, its colours or its transparency? Save it without "
                         "transparency, defects white on black")
         codes = np.where(clear, 0, codes)
-    numbered = mode == "P" and not palette and (codes % GREY).any()     # a grey palette holds the values
+    # A grey palette holds the values; one whose number 0 is no black is of colours, which are asked about.
+    numbered = mode == "P" and not palette and (codes % GREY).any() and not codes[values == 0].any()
     return values * GREY if numbered else codes
 
 
@@ -290,11 +293,12 @@ def read_legends(root, labels, kinds, ask):
 
     kinds: {name of a mask: its folder or its photo's, which may be its class}.
     """
-    codes, white, size, names, jpeg = set(), 0, 0, read_classes(root), []
+    codes, white, size, names, jpeg, lone = set(), 0, 0, read_classes(root), [], []
     for label in labels:
         found = label.content()
         jpeg += [label.name] * bool(found.any() and re.search(r"(?i)\.(jpe?g?|jfif)$", label.name))
-        codes |= {*np.unique(found).tolist()}
+        codes |= {*(own := np.unique(found).tolist())}
+        lone += [label.name] * (own[-1:] == [255 * GREY] and {*own} <= {0, 255 * GREY})
         white, size = white + (found >= 128 * GREY).sum(), size + found.size
     rgb = {code: (code >> 16, code >> 8 & 255, code & 255) for code in sorted(codes)}
     if ask.colours:
@@ -318,6 +322,8 @@ def read_legends(root, labels, kinds, ask):
     demand(root, jpeg if cut < 128 else [], "masks of small numbers in JPEG, which changes them",
            "export them anew as PNG; converting them keeps what was changed")
     if not cut:
+        demand(root, lone, "masks of 0 and 255 alone among class indices, where 255 is not scored",
+               "make all of them indices, or all black and white")
         return names or None, dict.fromkeys(kinds, {code: code // GREY for code in codes})
     if cut > 1 and not odd and grey & {*range(1, 16)}:
         demand(root, sorted(grey), "values in masks, class indices", "leave --layout binary away")
@@ -405,9 +411,9 @@ def locate(name):
 
     kind: the folders that have no other meaning, each after a slash; role: "photo", "mask" or "".
     """
-    *folders, file = name.split("/")
+    *folders, file = unicodedata.normalize("NFC", name).split("/")      # macOS writes umlauts as two signs
     folders = [word for folder in folders for word in words_of(folder)]
-    meanings = [WORDS.get(folder.lower().rstrip("0123456789"), "") for folder in folders]   # also train2017
+    meanings = [WORDS.get(re.sub("[ _-]?[0-9]*$", "", name.lower()), "") for name in folders]   # train_1 too
     split = next((word for word in reversed(meanings) if word in SPLITS), "")
     role = next((word for word in reversed(meanings) if word in ("mask", "photo")), "")
     kinds = [f"/{folder}" for folder, word in zip(folders, meanings) if folder and not word]
@@ -417,14 +423,15 @@ def locate(name):
 def gather(root, paths=()):
     """{name: Place} of the photos, of the pictures called masks and of the files of shapes below a folder."""
     photos, masks, shapes = {}, {}, {}
-    for path in sorted(root.rglob("*")):
+    files = (Path(parent, file) for parent, _, files in os.walk(root, followlinks=True) for file in files)
+    for path in sorted(files):
         name, end = path.relative_to(root).as_posix(), path.suffix.lower()
         usual = [re.sub(old, new, name) for old, new in paths if re.fullmatch(old, name)]
         passed = any(part[0] == "." or part.lower() in PASSED_OVER for part in name.split("/"))
-        if path.is_dir() or passed or paths and not usual:
+        if passed or paths and not usual:
             continue
         place = locate(usual[0] if usual else name)
-        if end == ".json" and re.search('"(shapes|categories)" *:', read_text(path)):
+        if end == ".json" and re.search('"(shapes|annotations)" *:', read_text(path)):
             shapes[name] = place
         elif end == ".json" and place.role == "mask":
             SAID[f"{name}: neither photos nor shapes, passed over"] = 1
@@ -485,8 +492,9 @@ def pair(root, photos, labels, unlabelled):
     kinds = any(place.kind for place in photos.values()) or unlabelled == "good" and bare
     for name, (split, kind, _, stem) in photos.items():
         kind = kind.strip("/").replace("/", "_")
-        said = [split, *(label.place.split for label in partner[name])]     # by a folder, a table's name
-        own = splits.pop(f"{kind}/{stem}".strip("/"), [*filter(None, said)][:1])
+        said = {split, *(label.place.split for label in partner[name])} - {""}      # by a folder, a table
+        demand(root, sorted(said) * (len(said) > 1), f"splits of the photo {name}", "leave it in one")
+        own = splits.pop(f"{kind}/{stem}".strip("/"), [*said])
         kind = "good" if name in bare else kind or kinds and "defect" or ""     # all have kinds, or none has
         if name not in bare or unlabelled == "good":
             items.append(Item(root / name, own, kind, stem, partner[name]))
@@ -618,9 +626,6 @@ def write(folder, names, items, legends, captions, to):
             table = tables.setdefault(split, {"images": [], "annotations": []})
             add_to_coco(table, photo.relative_to(folder / "images").as_posix(), mask)
         elif item.kind != "good":
-            if mask.any() and not mask[mask < 255].any():       # such a mask alone would be read as 0/255
-                SAID["masks of nothing but 255, which become background"] += 1
-                mask = np.zeros_like(mask)
             (folder / "mask" / item.kind).mkdir(parents=True, exist_ok=True)
             Image.fromarray(mask).save(folder / "mask" / f"{name}_mask.png")
         for split in item.splits:
@@ -655,6 +660,8 @@ def convert(source, out, layout=None, **flags):
         raise Wrong(f"{source}: no such folder")
     if out.exists() and any(out.iterdir()):
         raise Wrong(f"--out {out}: is not empty; name a new folder")
+    if out.is_relative_to(source):
+        raise Wrong(f"--out {out}: lies in the folder that is read; name one beside it")
     found = [(source, layout)] if layout else find(source)
     if not found:
         raise Wrong(f"{source}: has no labels in a layout that is read; docs/data.md shows them")

@@ -452,6 +452,27 @@ def test_what_cannot_be_known_is_asked_for(tmp_path, wrong):
     wrong("1 mask pictures beside files of shapes: masks/b.png; move away")
 
 
+def test_a_palette_whose_number_0_is_no_black_is_of_colours(tmp_path, wrong):
+    picture = Image.fromarray(np.where(A, 2, 1).astype(np.uint8), "P")
+    picture.putpalette([255, 0, 0, 0, 0, 0, 0, 255, 0])
+    tree(tmp_path / "in", {"images/a.png": GREY, "masks/a.png": A})
+    picture.putpixel((15, 15), 0)
+    picture.save(tmp_path / "in/masks/a.png")
+    wrong(r"neither class indices nor 0 and 255: \(0, 255, 0\), \(255, 0, 0\); pass --colours")
+
+
+def test_photos_of_two_splits_and_an_out_inside_are_refused_and_links_followed(tmp_path, wrong):
+    make_coco(tmp_path / "in")
+    table = (tmp_path / "in/val/_annotations.coco.json").read_text()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/images").symlink_to(tmp_path / "in/val")
+    (tmp_path / "data/annotations").mkdir()
+    for split in "train", "test":
+        (tmp_path / f"data/annotations/{split}.json").write_text(table)
+    wrong("splits of the photo images/.*: test, train; leave it in one", "data")
+    wrong("lies in the folder that is read; name one beside it", ".")
+
+
 def test_masks_of_another_size(tmp_path, wrong, capsys):
     tree(tmp_path / "in", {"images/a.png": np.kron(GREY, np.ones((3, 3))), "masks/a.png": A})
     same(masks_of(tmp_path / "in", tmp_path / "1")[0], {"a": np.kron(A, np.ones((3, 3), np.uint8))})
@@ -514,8 +535,8 @@ def test_kinds_of_the_same_names_as_classes_are_asked_about(tmp_path, wrong):
 def test_what_is_left_out_or_changed_is_said(tmp_path, capsys):
     void = np.where(blot(3), 255, 0)
     tree(tmp_path / "in", {"images/a.png": GREY, "images/b.png": GREY, "masks/a.png": A, "masks/b.png": void})
-    same(masks_of(tmp_path / "in", tmp_path / "1")[0], {"a": A, "b": 0 * A})
-    assert "masks of nothing but 255, which become background: 1" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="1 masks of 0 and 255 alone among .*: masks/b.png; make"):
+        convert.convert(tmp_path / "in", tmp_path / "1")
     tree(tmp_path / "grey", {"images/a.png": GREY, "masks/a.png": np.where(blot(3), 20, 255 * A)})
     same(masks_of(tmp_path / "grey", tmp_path / "2", layout="binary")[0], {"a": np.where(blot(3), 0, A)})
     assert "values of masks beside 0 and 255, cut at 128: 20: 1" in capsys.readouterr().out

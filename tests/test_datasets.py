@@ -6,8 +6,10 @@ import random
 import re
 import resource
 import shutil
+import struct
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -304,10 +306,16 @@ def encoded(image, kind, **options):
 
 TURNED = Image.Exif()
 TURNED[0x0112] = 6                                                              # by 90 degrees
+WORDS = np.full((2, 3, 3), 500, ">u2").tobytes()                # of 16 bits each, in colour
+DEEP = b"".join(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+                for kind, data in ((b"IHDR", struct.pack(">IIBBBBB", 3, 2, 16, 2, 0, 0, 0)),
+                                   (b"IDAT", zlib.compress(b"\0" + WORDS[:18] + b"\0" + WORDS[18:])),
+                                   (b"IEND", b"")))
 NAN = Image.fromarray(np.full((24, 32), np.nan, np.float32))
 PICTURES = {                    # name: (bytes, what is read: pixels or a shape; or the words of the error)
     "truncated.png": (encoded(PHOTO, "PNG")[:900], "truncated"),
     "empty.png": (b"", "cannot identify image file"),
+    "deep.png": (b"\x89PNG\r\n\x1a\n" + DEEP, "is colour of 16 bits"),
     "jpeg called.png": (encoded(PHOTO, "JPEG"), (3, 24, 32)),
     "cmyk.jpg": (encoded(PHOTO.convert("CMYK"), "JPEG"), (3, 24, 32)),
     "turned.jpg": (encoded(PHOTO, "JPEG", exif=TURNED), (3, 32, 24)),
@@ -324,7 +332,7 @@ def test_strange_pictures_are_read_or_named_with_the_reason(tmp_path, name):
     path = save(tmp_path / "image/good" / name, content)
     data = open_dataset(tmp_path, (8, 8))
     if isinstance(expected, str):
-        says(f"{path}: cannot be read as an image .*{expected}.*; replace or remove it", data.tensors)
+        says(f"{path}: .*{expected}.*; (replace or remove|save) it", data.tensors)
     else:
         pixels = data.read(0)[0]
         assert data.tensors()[0].shape[2:] == (8, 8)
@@ -342,11 +350,12 @@ PALETTE.putpalette([9] * 768)
     ("defect spectrum", np.pad(np.full((8, 8), 255), ((8, 8), (8, 16))), "binary 0/255 mask"),
     ("defect spectrum", PHOTO, "is RGB"),
     ("defect spectrum", np.full((24, 32), 7), r"has the values \[7\] but the classes are 0..2 "
-                                              r"\(background, crack, dirt\); add what is missing to classes"),
+                                              r"\(background, crack, dirt\); add those to classes.json"),
     ("defect spectrum", np.ones((20, 32)), "is 24x32 but its mask is 20x32; they must have the same size"),
     ("mvtec", np.tile([0, 127, 128, 255], (24, 8)), np.tile([0, 0, 2, 2], (24, 8))),
     ("defect spectrum", np.full((24, 32, 3), 2), 2),                            # equal channels
     ("mvtec", np.full((24, 32, 3), 200), 2),
+    ("mvtec", np.eye(24, 32), 2 * np.eye(24, 32)),                              # 0/1 in place of 0/255
     ("defect spectrum", np.tile([0, 2, 255, 2], (24, 8)), np.tile([0, 2, 255, 2], (24, 8))),    # 255: ignored
     ("mvtec", PHOTO, "is RGB")])
 def test_masks_are_read_as_indices_or_from_128_on_and_wrong_ones_are_named(tmp_path, layout, mask, expected):
@@ -545,9 +554,16 @@ def test_indices_that_jpeg_has_changed_are_named_as_such(tmp_path):
     save(tmp_path / "images/0.png", PIXELS)
     save(tmp_path / "masks/0.jpg", np.eye(24, 32) * 60)
     write_classes(tmp_path, CLASSES)
-    dataset = open_dataset(tmp_path)
-    says("JPEG changes them: export masks anew as PNG", dataset.read_mask, 0)
-    assert dataset.notes == ["warning: JPEG changes class indices, export these masks anew as PNG: 0"]
+    says("0.jpg: JPEG changes class indices; export masks anew as PNG", open_dataset(tmp_path).read_mask, 0)
+
+
+def test_folders_are_read_however_deep_and_a_photo_of_both_splits_is_refused(tmp_path):
+    for name in ("a/0", "a/b/c/1", "a/b/c/d/2"):
+        save(tmp_path / f"images/{name}.png", PIXELS)
+        save(tmp_path / f"masks/{name}.png", np.eye(24, 32))
+    assert names(tmp_path) == ["a/0", "a/b/c/1", "a/b/c/d/2"]
+    write_json(tmp_path / "split.json", {"train": ["a/0"], "few": ["a/0"], "test": ["a/b/c/1", "a/0.png"]})
+    says("split.json: both train and test have a/0; take them out of one", open_dataset, tmp_path)
 
 
 def test_good_photos_of_a_line_of_their_own_are_good(tmp_path):
@@ -563,6 +579,7 @@ def test_good_photos_of_a_line_of_their_own_are_good(tmp_path):
     (("train", "testing"), {"train": 3, "test": 3}),
     (("Training/crack", "test/good"), {"train": 3, "test": 3}),
     (("training_set", "dev"), {"train": 3, "val": 3, "test": 3}),
+    (("train_1", "test1"), {"train": 3, "test": 3}),
     (("trainval", "holdout-set"), {"train": 3, "test": 3}),
     (("train2017", "Test Set"), {"train": 3, "test": 3}),
     (("train_images", "val_images"), {"train": 3, "val": 3, "test": 3}),
