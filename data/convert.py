@@ -664,7 +664,8 @@ def convert(source, out, layout=None, **flags):
         raise Wrong(f"--out {out}: lies in the folder that is read; name one beside it")
     found = [(source, layout)] if layout else find(source)
     if not found:
-        raise Wrong(f"{source}: has no labels in a layout that is read; docs/data.md shows them")
+        raise Wrong(f"{source}: has no labels in a layout that is read; export masks, COCO, YOLO polygons or "
+                    "labelme's files from your tool, see docs/data.md")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as part:
         whole = Path(part) / out.name                       # renamed at the end: half of one is never `out`
