@@ -389,8 +389,9 @@ def find_pairs(photos, masks, binary_kinds=()):
 def images_in(folder):
     """{(kind, stem): path} of the images in a folder, whose kind is "", and in those below, the kinds."""
     files, parents = {}, [folder]
-    for parent in parents:
-        parents += [path for path in listing(parent) if path.is_dir()]      # grows: all levels, one by one
+    for parent in parents:                                      # grows: all levels, one by one
+        above = {path.resolve() for path in (parent, *parent.parents)}          # where links may lead back to
+        parents += [path for path in listing(parent) if path.is_dir() and path.resolve() not in above]
         kind = parent.relative_to(folder).as_posix().lstrip(".")
         for path in listing(parent):
             if path.suffix.lower() in IMAGE_SUFFIXES:

@@ -34,8 +34,8 @@ NOISE_SCALE = 1.02  # of small after a plan: its pictures have too little grain 
 SWITCH_T = 400      # the released script's value; the paper's own u is reported ambiguously (50 in one place)
 IMAGE_STD = 0.7     # of the standardised image channels: most of their values lie in [-1, 1], as masks do
 GUIDANCE = 0.5      # of painting; with 0 defects come out half as strong as real ones: docs/results.md
-# (B, C + K, H, W) each. x_start: x_0; where: bool, true where x_0 is known; added: what the mask of x_start
-# has more than that of the photo before painting, 0 where no mask is given; None for plans, never guided
+# (B, C + K, H, W) each. x_start: x_0; where: bool, true where x_0 is known; added: what the defects
+# asked for change in x_start; None for plans, which are never guided
 Known = namedtuple("Known", "x_start where added")
 TILE = 512          # px; a small network that sees patches goes over larger pictures piece by piece
 
@@ -66,7 +66,7 @@ def with_known(denoise, known):
 
 
 def guided(denoise, known, alphas_cumprod):
-    """`small` where a mask is given: the defect that it asks for comes out faint, so it is exaggerated.
+    """A denoiser for `small` that exaggerates the defect asked for, which comes out faint.
 
     The network is asked again, with the same noise but without the defect in the mask, and GUIDANCE times
     the difference of the two answers is added to the first: classifier-free guidance (Ho & Salimans 2022,

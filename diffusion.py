@@ -271,7 +271,7 @@ def main():
     parser = argparse.ArgumentParser(description="Where the timesteps of sampling fall in signal-to-noise.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--T", type=int, default=1000, help="number of timesteps of the schedule")
-    parser.add_argument("--num-steps", type=int, default=40, help="timesteps, as of sample.py")
+    parser.add_argument("--num-steps", type=int, default=40, help="timesteps that sampling visits")
     parser.add_argument("--spacing", choices=SPACINGS, default="logsnr", help="how they are spread")
     parser.add_argument("--switch-t", type=int, default=400, help="the large network owns t >= switch_t")
     args = parser.parse_args()

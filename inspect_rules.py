@@ -360,7 +360,7 @@ def open_picture(path) -> Image.Image:
     """A loaded picture, turned upright by its EXIF tag; of several frames the first."""
     try:
         with Image.open(path) as picture:
-            deep = picture.mode[0] == "R" and ";16" in str(getattr(picture, "tile", ""))
+            deep = re.search("RGBA?;16", str(getattr(picture, "tile", "")))
             picture = ImageOps.exif_transpose(picture)
     except Exception as error:      # Pillow raises OSError, SyntaxError, struct.error, ... by format
         raise ValueError(f"{path}: cannot be read as an image ({error}); replace or remove it") from None
@@ -388,7 +388,7 @@ def read_mask(path, classes, label=None) -> np.ndarray:
     top = int(mask.max())
     if label is not None:
         return (mask >= (1 if top == 1 else 128)) * label
-    if top and path.suffix.lower() in (".jpg", ".jpeg"):
+    if top and Path(path).suffix.lower() in (".jpg", ".jpeg"):
         raise ValueError(f"{path}: JPEG changes class indices; export masks anew as PNG (data/convert.py "
                          "reads JPEG in black and white)")
     if mode == "1" or (top in (255, 65535) and top >= len(classes) and np.isin(mask, (0, top)).all()):

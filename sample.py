@@ -75,7 +75,7 @@ def parse_args(argv=None):
     add("--device", help="cpu, cuda, ... (default: the accelerator if there is one)")
     add("--out", help="data set to write (default: RUN/samples, or RUN/painted)")
     add("--defect", metavar="CLASS", help="keep only pairs whose mask has this class")
-    add("--min-area-px", type=int, default=0, help="keep only pairs with so many px of --defect, or of all")
+    add("--min-area-px", type=int, default=0, help="only pairs with at least so many px of it, or of all")
     add("--max-area-px", type=int, help="keep only pairs with at most so many")
     add = parser.add_argument_group("painting one defect into each photo; of --defect if given").add_argument
     add("--photos", metavar="FOLDER", help="good photos, or a data set: then its photos without a defect, or "

@@ -27,6 +27,7 @@ from datasets import (IGNORE, add_data_flags, as_tensor, begin, defects, describ
                       has_bf16, images_in, listed, open_dataset, open_picture, overlay, pair_paths,
                       pick_device, run_main, sheet, to_mode, white_of, write_atomically, write_image,
                       write_json)
+from inspect_rules import IMAGE_SUFFIXES
 
 
 def padded(x: torch.Tensor, **how) -> torch.Tensor:
@@ -528,6 +529,8 @@ def predict_photos(args):
     masks_of, saved = load_segmenter(args.weights, pick_device(args.device))
     if not photos:
         raise ValueError(f"--predict {args.predict}: no photos in this folder, or no such folder")
+    if not (out / "config.json").exists() and any((out / part).exists() for part in ("image", "mask")):
+        raise ValueError(f"--out {out}: holds a data set; name a new folder")
     begin(out, saved["classes"], {"weights": fingerprint(Path(args.weights))})
     if missed := [name for name, iou in zip(saved["classes"][1:], saved["iou"][1:]) if not iou]:
         print(f"warning: this segmenter found no {', '.join(missed)} in its test photos; train it for longer")
@@ -536,11 +539,12 @@ def predict_photos(args):
         print(f"warning: photos of 16 bits, but this segmenter learned from 8: white is taken to be {white}")
     for (kind, stem), path in tqdm(photos.items(), unit="photo"):
         link, mask_path, *_ = pair_paths(out, stem, kind)
-        link = link.with_suffix(path.suffix.lower())                # to what verdicts are drawn on
         link.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)
-        with suppress(OSError):                                     # not possible on every disk
-            link.symlink_to(path.resolve())
+        for end in IMAGE_SUFFIXES:
+            if (old := link.with_suffix(end)).is_symlink():             # to an earlier photo of this name
+                old.unlink()
+        with suppress(OSError):                                         # not possible on every disk
+            link.with_suffix(path.suffix.lower()).symlink_to(path.resolve())    # what verdicts are drawn on
         image = as_tensor(to_mode(open_picture(path), 3, white))
         mask = masks_of(image[None])[0]
         write_image(out / "overlay" / kind / f"{stem}.png", overlay(image, mask))

@@ -98,7 +98,7 @@ def read_classes(root):
         table = dict(re.findall(r"(?m)^(\d+), *(.*?)\s*$", read_text(path)))
     with naming(root / "classes.json", 'write {"0": "background", "1": "crack", ...}'):
         names = table if isinstance(table, list) else [table[str(number)] for number in range(len(table))]
-        names = [name.strip() for name in names]
+        names = [unicodedata.normalize("NFC", name.strip()) for name in names]
     if names and NOT_CLASSES.get(names[0].lower()) != 0:
         raise Wrong(f"{root}/classes.json: its first name is {names[0]}; add background, the value 0")
     return names[1:]
@@ -106,13 +106,15 @@ def read_classes(root):
 
 def read_splits(root):
     """{"<kind>/<stem>": [split, ...]} of a split.json or of VOC's lists; {} where there is none."""
-    splits, voc = {}, [p for p in root.glob("ImageSets/Segmentation/*.txt") if p.stem in WORDS]
+    splits, voc = {}, [path for path in root.glob("ImageSets/Segmentation/*.txt") if path.stem in WORDS]
+    voc.sort(reverse=True)                                      # train.txt replaces what trainval.txt says
     lists = read_json(root / "split.json") or {
         WORDS[path.stem]: re.findall(r"(?m)^\s*(\S.*?)\s*$", read_text(path)) for path in voc}
     with naming(root / "split.json", 'write {"train": ["<kind>/<stem>", ...]}'):
         for split, names in lists.items():
             for name in names:
-                stem, end = os.path.splitext(name.replace("\\", "/"))      # as Windows has it: crack\000.PNG
+                # as Windows has it, crack\000.PNG, and macOS, which writes umlauts as two signs
+                stem, end = os.path.splitext(unicodedata.normalize("NFC", name).replace("\\", "/"))
                 stem += end if end.lower() not in IMAGE_SUFFIXES else ""
                 splits.setdefault(stem, []).append(split)
     return splits
@@ -266,6 +268,7 @@ def read_codes(path, palette=False):
     with naming(path, "replace it"), Image.open(path) as picture:
         values, mode = np.array(picture, int), picture.mode
         clear = np.array(picture.getchannel("A")) == 0 if mode in ("LA", "RGBA") else np.False_
+        coloured = mode == "P" and any(picture.getpalette()[:3])        # its number 0 is no black
         rgb = values if mode in ("L", "RGB") or mode[0] in "IF" else np.array(picture.convert("RGB"), int)
     if rgb.ndim == 2:
         return (rgb if (rgb % 257).any() else rgb // 257) * GREY        # 16 bit: 0 and 65535 are 0 and 255
@@ -275,8 +278,7 @@ def read_codes(path, palette=False):
             raise Wrong(f"{path}: what shows the defects, its colours or its transparency? Save it without "
                         "transparency, defects white on black")
         codes = np.where(clear, 0, codes)
-    # A grey palette holds the values; one whose number 0 is no black is of colours, which are asked about.
-    numbered = mode == "P" and not palette and (codes % GREY).any() and not codes[values == 0].any()
+    numbered = mode == "P" and not (palette or coloured) and (codes % GREY).any()   # grey ones hold values
     return values * GREY if numbered else codes
 
 
@@ -398,8 +400,8 @@ def upright(mask, photo):
 # --- pairing: what the names of folders and files say ---
 
 def words_of(folder):
-    """train_img says two things, img_dir and Train Set one; black_dirt is a name."""
-    split = re.sub("(?i)[ _-]?set$", "", folder)
+    """train_img says two things, img_dir, Train Set and train_1 one; black_dirt is a name."""
+    split = re.sub("(?i)[ _-]?(set|[0-9]+)$", "", folder)
     if WORDS.get(split.lower()) in SPLITS:
         return [split]
     words = re.sub("(?i)[_-]dir$", "", folder).replace("-", "_").split("_")
@@ -413,7 +415,7 @@ def locate(name):
     """
     *folders, file = unicodedata.normalize("NFC", name).split("/")      # macOS writes umlauts as two signs
     folders = [word for folder in folders for word in words_of(folder)]
-    meanings = [WORDS.get(re.sub("[ _-]?[0-9]*$", "", name.lower()), "") for name in folders]   # train_1 too
+    meanings = [WORDS.get(folder.lower().rstrip("0123456789"), "") for folder in folders]   # also train2017
     split = next((word for word in reversed(meanings) if word in SPLITS), "")
     role = next((word for word in reversed(meanings) if word in ("mask", "photo")), "")
     kinds = [f"/{folder}" for folder, word in zip(folders, meanings) if folder and not word]
@@ -423,7 +425,11 @@ def locate(name):
 def gather(root, paths=()):
     """{name: Place} of the photos, of the pictures called masks and of the files of shapes below a folder."""
     photos, masks, shapes = {}, {}, {}
-    files = (Path(parent, file) for parent, _, files in os.walk(root, followlinks=True) for file in files)
+    files = []
+    for parent, folders, names in os.walk(root, followlinks=True):
+        above = {path.resolve() for path in (Path(parent), *Path(parent).parents)}      # links may lead back
+        folders[:] = [folder for folder in folders if Path(parent, folder).resolve() not in above]
+        files += [Path(parent, name) for name in names]
     for path in sorted(files):
         name, end = path.relative_to(root).as_posix(), path.suffix.lower()
         usual = [re.sub(old, new, name) for old, new in paths if re.fullmatch(old, name)]
@@ -431,7 +437,9 @@ def gather(root, paths=()):
         if passed or paths and not usual:
             continue
         place = locate(usual[0] if usual else name)
-        if end == ".json" and re.search('"(shapes|annotations)" *:', read_text(path)):
+        text = read_text(path) if end == ".json" else ""
+        keys = {*re.findall('"(shapes|annotations|categories)" *:', text)}
+        if "shapes" in keys or len(keys) == 2:              # labelme's, COCO's
             shapes[name] = place
         elif end == ".json" and place.role == "mask":
             SAID[f"{name}: neither photos nor shapes, passed over"] = 1
@@ -493,8 +501,10 @@ def pair(root, photos, labels, unlabelled):
     for name, (split, kind, _, stem) in photos.items():
         kind = kind.strip("/").replace("/", "_")
         said = {split, *(label.place.split for label in partner[name])} - {""}      # by a folder, a table
-        demand(root, sorted(said) * (len(said) > 1), f"splits of the photo {name}", "leave it in one")
-        own = splits.pop(f"{kind}/{stem}".strip("/"), [*said])
+        listed = f"{kind}/{stem}".strip("/")
+        demand(root, sorted(said) * (len(said) > 1 and listed not in splits), f"splits of the photo {name}",
+               "leave it in one, or write a split.json")
+        own = splits.pop(listed, [*said])
         kind = "good" if name in bare else kind or kinds and "defect" or ""     # all have kinds, or none has
         if name not in bare or unlabelled == "good":
             items.append(Item(root / name, own, kind, stem, partner[name]))
@@ -626,6 +636,9 @@ def write(folder, names, items, legends, captions, to):
             table = tables.setdefault(split, {"images": [], "annotations": []})
             add_to_coco(table, photo.relative_to(folder / "images").as_posix(), mask)
         elif item.kind != "good":
+            if mask.any() and not mask[mask < 255].any():       # such a mask alone would be read as 0/255
+                SAID["masks of nothing but 255, which become background"] += 1
+                mask = np.zeros_like(mask)
             (folder / "mask" / item.kind).mkdir(parents=True, exist_ok=True)
             Image.fromarray(mask).save(folder / "mask" / f"{name}_mask.png")
         for split in item.splits:

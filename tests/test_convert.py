@@ -471,6 +471,26 @@ def test_photos_of_two_splits_and_an_out_inside_are_refused_and_links_followed(t
         (tmp_path / f"data/annotations/{split}.json").write_text(table)
     wrong("splits of the photo images/.*: test, train; leave it in one", "data")
     wrong("lies in the folder that is read; name one beside it", ".")
+    (tmp_path / "data/annotations/test.json").unlink()
+    (tmp_path / "data/again").symlink_to(".")                                               # in circles
+    assert len(masks_of(tmp_path / "data", tmp_path / "1", unlabelled="skip")[0]) == 3
+
+
+def test_lists_of_voc_are_splits_and_trainval_gives_way_to_train(tmp_path):
+    tree(tmp_path / "in", {f"JPEGImages/{name}.png": GREY for name in "123"})
+    tree(tmp_path / "in", {f"SegmentationClass/{name}.png": A for name in "123"})
+    tree(tmp_path / "in", {f"ImageSets/Segmentation/{split}.txt": "\n".join(names) + "\n"
+                           for split, names in {"train": "12", "trainval": "123", "val": "3"}.items()})
+    convert.convert(tmp_path / "in", tmp_path / "1")
+    assert load(tmp_path / "1/split.json") == {"val": ["3"], "train": ["1", "2"], "test": ["3"]}
+
+
+def test_umlauts_of_macos_are_those_of_others(tmp_path):
+    one, two = "Pr\u00fcf", "Pru\u0308f"                            # one sign, and two
+    tree(tmp_path / "in", {f"images/{two}.png": GREY, f"masks/{one}.png": A,
+                           "split.json": json.dumps({"train": [two]})})
+    same(masks_of(tmp_path / "in", tmp_path / "1")[0], {one: A})
+    assert len(open_dataset(tmp_path / "1", split="train")) == 1
 
 
 def test_masks_of_another_size(tmp_path, wrong, capsys):

@@ -378,6 +378,13 @@ def test_new_photos_get_masks_of_their_own_size_that_the_rules_read(tmp_path, mo
     segment.main()
     assert Image.open(masks["mask/line/b_mask.png"]).size == (60, 50)
     assert not np.asarray(inspect_rules.find_photo(masks["mask/line/b_mask.png"])).any()
+    pictures = tmp_path / "data/image"
+    write_image(pictures / "a.png", np.zeros((3, 50, 60), np.uint8))
+    into_data = ["--predict", str(pictures), *flags[2:-1], str(pictures.parent)]
+    monkeypatch.setattr("sys.argv", ["segment.py", *into_data])
+    with pytest.raises(ValueError, match="data: holds a data set; name a new folder"):
+        segment.main()
+    assert Image.open(pictures / "a.png").size == (60, 50)                          # as it was
     monkeypatch.setattr("sys.argv", ["segment.py", *flags[:2], "--weights", str(photos / "a.png")])
     with pytest.raises(ValueError, match="a.png: damaged, or not written by segment.py"):
         segment.main()
