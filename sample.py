@@ -28,7 +28,7 @@ from tqdm import tqdm
 from datasets import (DefectDataset, Sample, as_tensor, begin, channels_of, defects, find_objects,
                       fingerprint, images_in, open_dataset, open_picture, overlay, pair_paths, pick_device,
                       run_main, sheet, to_mode, write_image, write_json, write_pair)
-from defect_gen import GUIDANCE, NUM_STEPS, PAINT_STEPS, REPEATS, SWITCH_T, DefectGen
+from defect_gen import GUIDANCE, GUIDED_FROM, NUM_STEPS, PAINT_STEPS, REPEATS, SWITCH_T, DefectGen
 from diffusion import METHODS, SPACINGS, rng
 from evaluate import defect_crops, distances, halved, mask_fit
 from inspect_rules import read_json
@@ -416,7 +416,7 @@ def paint_pairs(args):
     generator = open_run(args)
     painter, out = Painter(args, generator), Path(args.out or Path(args.run) / "painted")
     names = "photos", "split", "masks", "where", "judge", "min_fit", "defect"
-    how = {"steps": [PAINT_STEPS, REPEATS], "guidance": GUIDANCE}
+    how = {"steps": [PAINT_STEPS, REPEATS], "guidance": [GUIDANCE, GUIDED_FROM]}
     begin(out, generator.classes, {**settings(args, names, generator), **how})
     source = out / "source.json"
     records, seeds = read_json(source) if source.exists() else {}, args.seeds or list(range(args.count))
