@@ -11,8 +11,8 @@ import defect_gen
 from conftest import picture
 from datasets import open_dataset, write_image
 from defect_gen import (GUIDANCE, GUIDED_FROM, IMAGE_STD, NOISE_SCALE, NUM_STEPS, PAINT_STEPS, REPEATS,
-                        STAGES, SWITCH_T, DefectGen, Joint, Known, checkpoints, enlarge, exact_denoiser, guided,
-                        image_statistics, in_tiles, load_stage, switched, with_known)
+                        STAGES, SWITCH_T, DefectGen, Joint, Known, checkpoints, enlarge, exact_denoiser,
+                        guided, image_statistics, in_tiles, load_stage, switched, with_known)
 from diffusion import logsnr, noise_for, q_sample, rng, sample, schedule, timesteps
 from unet import UNet, receptive_field
 
