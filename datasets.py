@@ -390,10 +390,10 @@ def images_in(folder):
     """{(kind, stem): path} of the images in a folder, whose kind is "", and in those below, the kinds."""
     files, parents = {}, [folder]
     for parent in parents:                                      # grows: all levels, one by one
-        above = {path.resolve() for path in (parent, *parent.parents)}          # where links may lead back to
-        parents += [path for path in listing(parent) if path.is_dir() and path.resolve() not in above]
+        inside, above = listing(parent), {path.resolve() for path in (parent, *parent.parents)}     # no loops
+        parents += [path for path in inside if path.is_dir() and path.resolve() not in above]
         kind = parent.relative_to(folder).as_posix().lstrip(".")
-        for path in listing(parent):
+        for path in inside:
             if path.suffix.lower() in IMAGE_SUFFIXES:
                 twin = (kind, path.stem) in files               # a second file of one stem finds no partner
                 files[kind, path.name if twin else path.stem] = path
@@ -516,6 +516,8 @@ def fingerprint(*parts):
 def begin(folder, classes, settings):
     """Begin a data set, or go on with one that was made with the same settings: see its config.json."""
     config = Path(folder) / "config.json"
+    if not config.exists() and any((Path(folder) / part).exists() for part in ("image", "mask")):
+        raise ValueError(f"--out {folder}: holds a data set; name a new folder")
     if config.exists() and read_json(config) != settings:
         raise ValueError(f"{folder} holds what was made with other settings or checkpoints, see its "
                          "config.json; remove it, or choose another --out")

@@ -529,8 +529,6 @@ def predict_photos(args):
     masks_of, saved = load_segmenter(args.weights, pick_device(args.device))
     if not photos:
         raise ValueError(f"--predict {args.predict}: no photos in this folder, or no such folder")
-    if not (out / "config.json").exists() and any((out / part).exists() for part in ("image", "mask")):
-        raise ValueError(f"--out {out}: holds a data set; name a new folder")
     begin(out, saved["classes"], {"weights": fingerprint(Path(args.weights))})
     if missed := [name for name, iou in zip(saved["classes"][1:], saved["iou"][1:]) if not iou]:
         print(f"warning: this segmenter found no {', '.join(missed)} in its test photos; train it for longer")

@@ -557,6 +557,10 @@ def test_what_is_left_out_or_changed_is_said(tmp_path, capsys):
     tree(tmp_path / "in", {"images/a.png": GREY, "images/b.png": GREY, "masks/a.png": A, "masks/b.png": void})
     with pytest.raises(ValueError, match="1 masks of 0 and 255 alone among .*: masks/b.png; make"):
         convert.convert(tmp_path / "in", tmp_path / "1")
+    (tmp_path / "lines").write_text("crack:1,1,1\nignore:255,255,255\n")               # colours say so
+    pairs = masks_of(tmp_path / "in", tmp_path / "1", colours=tmp_path / "lines")[0]
+    same(pairs, {"a": A, "b": 0 * A})
+    assert "masks of nothing but 255, which become background: 1" in capsys.readouterr().out
     tree(tmp_path / "grey", {"images/a.png": GREY, "masks/a.png": np.where(blot(3), 20, 255 * A)})
     same(masks_of(tmp_path / "grey", tmp_path / "2", layout="binary")[0], {"a": np.where(blot(3), 0, A)})
     assert "values of masks beside 0 and 255, cut at 128: 20: 1" in capsys.readouterr().out

@@ -315,7 +315,6 @@ NAN = Image.fromarray(np.full((24, 32), np.nan, np.float32))
 PICTURES = {                    # name: (bytes, what is read: pixels or a shape; or the words of the error)
     "truncated.png": (encoded(PHOTO, "PNG")[:900], "truncated"),
     "empty.png": (b"", "cannot identify image file"),
-    "deep.png": (b"\x89PNG\r\n\x1a\n" + DEEP, "is colour of 16 bits"),
     "jpeg called.png": (encoded(PHOTO, "JPEG"), (3, 24, 32)),
     "cmyk.jpg": (encoded(PHOTO.convert("CMYK"), "JPEG"), (3, 24, 32)),
     "turned.jpg": (encoded(PHOTO, "JPEG", exif=TURNED), (3, 32, 24)),
@@ -332,12 +331,17 @@ def test_strange_pictures_are_read_or_named_with_the_reason(tmp_path, name):
     path = save(tmp_path / "image/good" / name, content)
     data = open_dataset(tmp_path, (8, 8))
     if isinstance(expected, str):
-        says(f"{path}: .*{expected}.*; (replace or remove|save) it", data.tensors)
+        says(f"{path}: cannot be read as an image .*{expected}.*; replace or remove it", data.tensors)
     else:
         pixels = data.read(0)[0]
         assert data.tensors()[0].shape[2:] == (8, 8)
         assert pixels.shape == expected if isinstance(expected, tuple) else np.array_equal(
             pixels.permute(1, 2, 0), expected)
+
+
+def test_colour_of_16_bits_is_refused(tmp_path):
+    path = save(tmp_path / "image/good/deep.png", b"\x89PNG\r\n\x1a\n" + DEEP)
+    says(f"{path}: is colour of 16 bits, .* only 8 can be read; save it", open_dataset(tmp_path).tensors)
 
 
 PALETTE = Image.fromarray(np.full((24, 32), 2, np.uint8), "P")

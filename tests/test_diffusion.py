@@ -237,7 +237,8 @@ def test_the_command_prints_where_the_switch_falls(monkeypatch, capsys):
     head, *rows, calls = capsys.readouterr().out.splitlines()
     cells = [row.split() for row in rows]
     assert [row[0] for row in cells] == ["999", "749", "500", "250", "0"]
-    assert [row[3] for row in cells] == ["large"] * 3 + ["small"] * 2 and calls.endswith(": large 3, small 2")
+    assert [row[3] for row in cells] == ["large"] * 3 + ["small"] * 2 and calls == (
+        "calls, where both stages have one size: large 3, small 2")
     a = float(cells[2][1])
     assert float(cells[2][2]) == pytest.approx(10 * math.log10(a / (1 - a)), abs=0.06)
 
